@@ -1,0 +1,54 @@
+"""How much memory this process uses, counted the way a user's limit counts it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+from pathlib import Path
+
+_INTERVAL_S = 0.005
+
+
+def peak_rss_mib() -> float:
+    """Peak resident set of this process, mapped file pages included, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+def anonymous_mib() -> float:
+    """Resident memory now that is not mapped files, in MiB; where the system does not tell, the peak resident set."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) / 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return peak_rss_mib()
+
+
+class MemoryWatch:
+    """Samples anonymous memory while a stage works: ``baseline`` at the start, ``peak`` at the most (MiB)."""
+
+    def __init__(self) -> None:
+        self.baseline = self.peak = anonymous_mib()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memory-watch", daemon=True)
+
+    def _run(self) -> None:
+        while not self._stop.wait(_INTERVAL_S):
+            self.peak = max(self.peak, anonymous_mib())
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.peak = max(self.peak, anonymous_mib())
+
+    @property
+    def above_baseline(self) -> float:
+        """Peak above the start, in MiB."""
+        return self.peak - self.baseline

@@ -1,0 +1,42 @@
+"""Older manifests become current ones here, one step a version.
+
+A step takes the manifest of version ``n`` as plain data and returns that of version ``n + 1``. Version 0 is the layout
+of pre-release builds: flat ``config`` values without their origin, and no ``environment``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from trtllm_cli.artifacts.schema import SCHEMA_VERSION
+from trtllm_cli.errors import BadInputError
+
+
+def _from_0(data: dict[str, Any]) -> dict[str, Any]:
+    config = {key: {"value": value, "origin": "default"} for key, value in data.get("config", {}).items()}
+    return {"environment": {}, **data, "config": config, "schema_version": 1}
+
+
+_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {0: _from_0}
+
+
+def migrate(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Bring ``data`` to the current version. Raises BadInputError for a newer or senseless version."""
+    version = data.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 0:
+        raise BadInputError(
+            "MANIFEST_INVALID",
+            f"{where} has no usable schema_version ({version!r})",
+            "repeat the stage that wrote this artifact",
+        )
+    if version > SCHEMA_VERSION:
+        raise BadInputError(
+            "SCHEMA_NEWER",
+            f"{where} has schema version {version}, this trtllm-cli reads up to {SCHEMA_VERSION}",
+            "pip install --upgrade trtllm-cli",
+        )
+    while version < SCHEMA_VERSION:
+        data = _STEPS[version](data)
+        version += 1
+    return data

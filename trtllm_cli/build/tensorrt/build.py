@@ -1,0 +1,234 @@
+"""Weights and a spec in, a TensorRT plan out, on a machine with or without a GPU.
+
+Nothing here knows about artifacts: :func:`build_plan` writes ``engine.plan`` and ``layers.json`` into a directory and
+returns what it learnt. Weights are used where they lie (memory maps) and the plan is streamed to disk, so the memory
+needed is what TensorRT itself takes. Plans are not bit-reproducible.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtllm_cli.artifacts.schema import Dtype
+from trtllm_cli.build.tensorrt import errors
+from trtllm_cli.build.tensorrt.log import LogReader, PlanFacts
+from trtllm_cli.build.tensorrt.module import TensorRT, load
+from trtllm_cli.build.tensorrt.network import PROFILES, Sizing, add_profiles, define, new_definition
+from trtllm_cli.build.tensorrt.plan import PlanWriter, read_header
+from trtllm_cli.build.tensorrt.weights import WeightSource
+from trtllm_cli.errors import UnsupportedError, UsageError
+from trtllm_cli.models.spec import DecoderSpec
+from trtllm_cli.progress import Reporter, Silent
+
+PLAN = "engine.plan"
+LAYERS = "layers.json"
+#: what a plan is made for unless the user says; four targets in one plan cost the size of one
+DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")
+#: the first compute capability that has the type
+_FIRST: dict[Dtype, int] = {"bfloat16": 80}
+_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class TrtBuild:
+    """A finished plan: the file, what the log said, the package, the compute capabilities it is for, and the cost.
+
+    ``targets`` is empty where the package only builds for the GPU of the machine. ``network_layers`` counts layers
+    before fusion; ``cache_bytes`` is the memory of all caches at full concurrency.
+    """
+
+    plan: Path
+    facts: PlanFacts
+    package: str
+    version: str
+    targets: tuple[str, ...]
+    dtype: Dtype
+    network_layers: int
+    weight_bytes: int
+    cache_bytes: int
+    seconds: float
+
+
+def build_plan(
+    spec: DecoderSpec,
+    weights: WeightSource,
+    dtype: Dtype,
+    sizing: Sizing,
+    target: Sequence[str],
+    directory: Path,
+    report: Reporter | None = None,
+) -> TrtBuild:
+    """Build the decoder in ``dtype`` for the compute capabilities ``target`` (empty: the default ones).
+
+    Raises UsageError for a context beyond the model's, BadInputError for a missing or misshapen weight (naming it),
+    UnsupportedError for what TensorRT refuses, DoesNotFitError when memory runs out, OSError when the disk does.
+    """
+    started = time.monotonic()
+    report = report or Silent()
+    trt = load()
+    check_context(spec, sizing.context)
+    targets = resolve_targets(trt, target, dtype)
+    reader = LogReader()
+
+    def hear(message: str) -> None:
+        reader.hear(message)
+        if message.startswith("Constructing optimization profile number "):
+            report.advance("compiling", reader.profile, len(PROFILES), "profiles")
+
+    with errors.listening(trt, hear) as tail:
+        made = new_definition(trt)
+        layers, network = made.layers, made.layers.network
+        define(layers, spec, weights, dtype, sizing.context)
+        report.say(f"defined {network.num_layers} layers")
+        config = _configure(trt, made.builder, spec, sizing, targets)
+        with _interruptible(trt, config) as interrupted, PlanWriter(trt, directory / PLAN) as writer:
+            done = made.builder.build_serialized_network_to_stream(network, config, writer.target)
+            if writer.error is not None:
+                raise writer.error
+            interrupted()
+            if not done:
+                complaints = "; ".join(filter(None, (made.complaints.take(), layers.complaints.take())))
+                raise errors.build_failed(trt, complaints, list(tail))
+        network_layers = int(network.num_layers)
+    facts = reader.facts()
+    _report_facts(facts, spec, report)
+    read_header(directory / PLAN)
+    (directory / LAYERS).write_text(facts.model_dump_json(indent=1) + "\n")
+    built = TrtBuild(
+        plan=directory / PLAN,
+        facts=facts,
+        package=trt.package,
+        version=trt.version,
+        targets=targets,
+        dtype=dtype,
+        network_layers=network_layers,
+        weight_bytes=facts.weight_bytes or sum(bits.nbytes for bits in layers.constants.values()),
+        cache_bytes=2 * spec.num_layers * sizing.concurrency * spec.kv_size * sizing.context * _BYTES[dtype],
+        seconds=time.monotonic() - started,
+    )
+    needs = {"weights": built.weight_bytes, "caches": built.cache_bytes, "activations": facts.scratch_bytes}
+    report.say(
+        f"needs {sum(needs.values()) / 2**30:.2f} GiB of GPU memory: "
+        + ", ".join(f"{what} {count / 2**20:.0f} MiB" for what, count in needs.items())
+    )
+    return built
+
+
+def resolve_targets(trt: TensorRT, target: Sequence[str], dtype: Dtype) -> tuple[str, ...]:
+    """The compute capabilities to build for. Raises UnsupportedError for one the package or the type does not have."""
+    known = trt.targets
+    if not known:
+        if target:
+            raise UnsupportedError(
+                "TARGET_FIXED",
+                f"{trt.title} builds only for the GPU of this machine, not for {', '.join(target)}",
+                "leave --target out, or pip install 'trtllm-cli[tensorrt]' for TensorRT-RTX",
+            )
+        return ()
+    first = _FIRST.get(dtype, 0)
+    able = [name for name in known if int(name[2:]) >= first]
+    chosen = tuple(target) or tuple(name for name in DEFAULT_TARGETS if name in able)
+    for name in chosen:
+        if name not in known:
+            raise UnsupportedError(
+                "TARGET_UNKNOWN", f"{trt.title} has no target {name}; it has {', '.join(known)}", _nearest(name, able)
+            )
+        if name not in able:
+            raise UnsupportedError(
+                "TARGET_LACKS_DTYPE",
+                f"target {name} has no {dtype} arithmetic; {dtype} needs sm{first} or later",
+                f"add --dtype float16, or {_nearest(name, able).removeprefix('add ')}",
+            )
+    return chosen
+
+
+def _nearest(name: str, able: Sequence[str]) -> str:
+    wanted = int(name[2:])
+    return f"add --target {min(able, key=lambda other: abs(int(other[2:]) - wanted))}"
+
+
+def check_context(spec: DecoderSpec, context: int) -> None:
+    """Raises UsageError when the model has fewer positions."""
+    if context > spec.max_positions:
+        raise UsageError(
+            "CONTEXT_TOO_LONG",
+            f"context {context} is beyond the {spec.max_positions} positions this {spec.family} model has",
+            f"add --context {spec.max_positions}",
+        )
+
+
+def _configure(trt: TensorRT, builder: Any, spec: DecoderSpec, sizing: Sizing, targets: tuple[str, ...]) -> Any:
+    config = builder.create_builder_config()
+    # the only source of what is inside a plan where there is no GPU; see log.py
+    config.profiling_verbosity = trt.api.ProfilingVerbosity.DETAILED
+    if targets:
+        config.num_compute_capabilities = len(targets)
+        for index, name in enumerate(targets):
+            config.set_compute_capability(trt.targets[name], index)
+    add_profiles(builder, config, spec, sizing)
+    return config
+
+
+def _report_facts(facts: PlanFacts, spec: DecoderSpec, report: Reporter) -> None:
+    if not facts.complete:
+        report.say("the build log was not understood: the plan's kernels are not recorded")
+        return
+    for index, profile in enumerate(facts.profiles):
+        fused = sum(profile.attention.values())
+        kinds = ", ".join(profile.attention) or "none"
+        report.say(
+            f"{PROFILES[index]}: {len(profile.kernels)} kernels, attention {fused}/{spec.num_layers} fused ({kinds})"
+        )
+
+
+@contextmanager
+def _interruptible(trt: TensorRT, config: Any) -> Iterator[Callable[[], None]]:
+    """Let Ctrl-C (or SIGTERM, where it is handled) cancel the build; call the yielded function after it.
+
+    A Python exception must not travel through TensorRT's frames, so the signal is noted, the progress monitor asks
+    for the end, and the signal's own handler runs afterwards.
+    """
+    noted: list[int] = []
+    base: Any = trt.api.IProgressMonitor
+
+    class Monitor(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            pass
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            return not noted
+
+        def phase_finish(self, phase: str) -> None:
+            pass
+
+    monitor = Monitor()
+    config.progress_monitor = monitor
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                handlers[number] = signal.signal(number, lambda got, frame: noted.append(got))
+
+    def finish() -> None:
+        restore()
+        for number in noted:
+            handlers[number](number, None)
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    try:
+        yield finish
+    finally:
+        restore()

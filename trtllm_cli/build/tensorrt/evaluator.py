@@ -1,0 +1,232 @@
+"""What a TensorRT network computes, said by torch: the check of its mathematics on a machine without a GPU.
+
+It walks the network as TensorRT holds it, layer by layer, not the code that made it, so a wrong transpose, mask or
+operand shows as wrong logits. It knows the layer kinds that :mod:`trtllm_cli.build.tensorrt.ops` uses, with the
+semantics of the TensorRT API reference; it says nothing about the kernels a plan compiles to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from trtllm_cli.build.tensorrt.layers import Layers
+from trtllm_cli.errors import BadInputError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    Values = dict[str, torch.Tensor]
+
+#: layer type -> the class whose attributes it has; the binding hands out every layer as a plain ``ILayer``
+_CLASSES = {
+    "ACTIVATION": "IActivationLayer",
+    "ATTENTION_INPUT": "IAttentionBoundaryLayer",
+    "ATTENTION_OUTPUT": "IAttentionBoundaryLayer",
+    "CAST": "ICastLayer",
+    "CONSTANT": "IConstantLayer",
+    "ELEMENTWISE": "IElementWiseLayer",
+    "FILL": "IFillLayer",
+    "GATHER": "IGatherLayer",
+    "KV_CACHE_UPDATE": "IKVCacheUpdateLayer",
+    "MATRIX_MULTIPLY": "IMatrixMultiplyLayer",
+    "REDUCE": "IReduceLayer",
+    "ROTARY_EMBEDDING": "IRotaryEmbeddingLayer",
+    "SHAPE": "IShapeLayer",
+    "SHUFFLE": "IShuffleLayer",
+    "UNARY": "IUnaryLayer",
+}
+
+
+class Evaluator:
+    """Runs the network of ``layers``, whose constants it looks up there (some types cannot be read back)."""
+
+    def __init__(self, layers: Layers) -> None:
+        self._layers = layers
+        self._api = layers.trt.api
+        self._network = layers.network
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> Values:
+        """Outputs by name. Raises BadInputError for a wrong input, UnsupportedError for an unknown kind of layer."""
+        values = self._inputs(inputs)
+        for index in range(self._network.num_layers):
+            layer = self._network.get_layer(index)
+            kind = self._api.ILayer.type.__get__(layer).name
+            if kind not in _CLASSES:
+                raise self._unknown(layer, kind)
+            layer.__class__ = getattr(self._api, _CLASSES[kind])
+            method: Callable[[Any, Values], torch.Tensor] = getattr(self, f"_{kind.lower()}")
+            output = layer.get_output(0)
+            values[output.name] = method(layer, values)
+        outputs = (self._network.get_output(index).name for index in range(self._network.num_outputs))
+        return {name: values[name] for name in outputs}
+
+    def _inputs(self, inputs: Mapping[str, torch.Tensor]) -> Values:
+        values: Values = {}
+        for index in range(self._network.num_inputs):
+            tensor = self._network.get_input(index)
+            given = inputs.get(tensor.name)
+            expected = (self._dtype(tensor.dtype), tuple(tensor.shape))
+            if given is None or given.dtype != expected[0] or not _fits(tuple(given.shape), expected[1]):
+                got = "nothing" if given is None else f"{given.dtype} {tuple(given.shape)}"
+                raise BadInputError(
+                    "INPUT_WRONG", f"input {tensor.name} must be {expected[0]} {expected[1]}, it is {got}"
+                )
+            values[tensor.name] = given
+        return values
+
+    def _dtype(self, dtype: Any) -> torch.dtype:
+        import torch
+
+        names = {"HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16", "BOOL": "bool"}
+        found: torch.dtype = getattr(torch, names.get(dtype.name, dtype.name.lower()))
+        return found
+
+    def _unknown(self, layer: Any, what: object) -> UnsupportedError:
+        return UnsupportedError("EVALUATOR_UNKNOWN", f"the reference evaluator does not know {what} of {layer.name}")
+
+    # ---- one method a kind of layer ---------------------------------------------------------------------------------
+
+    def _constant(self, layer: Any, values: Values) -> torch.Tensor:
+        import numpy as np
+        import torch
+
+        dtype = self._dtype(layer.get_output(0).dtype)
+        bits = torch.from_numpy(np.array(self._layers.constants[layer.name]))
+        return (bits if bits.dtype == dtype else bits.view(dtype)).reshape(tuple(layer.shape))
+
+    def _shape(self, layer: Any, values: Values) -> torch.Tensor:
+        import torch
+
+        return torch.tensor(_operand(layer, values, 0).shape, dtype=torch.int64)
+
+    def _fill(self, layer: Any, values: Values) -> torch.Tensor:
+        import torch
+
+        if layer.operation != self._api.FillOperation.LINSPACE:
+            raise self._unknown(layer, layer.operation)
+        shape, start, steps = (_operand(layer, values, index) for index in range(3))
+        sizes = [int(size) for size in shape]
+        filled = torch.zeros(sizes, dtype=self._dtype(layer.get_output(0).dtype)) + start
+        for axis, step in enumerate(steps):
+            ramp = torch.arange(sizes[axis], dtype=filled.dtype) * step
+            filled = filled + ramp.reshape([-1 if axis == other else 1 for other in range(len(sizes))])
+        return filled
+
+    def _cast(self, layer: Any, values: Values) -> torch.Tensor:
+        return _operand(layer, values, 0).to(self._dtype(layer.get_output(0).dtype))
+
+    def _shuffle(self, layer: Any, values: Values) -> torch.Tensor:
+        x = _operand(layer, values, 0)
+        # permutations come back with 8 entries, whatever the rank
+        x = x.permute(list(layer.first_transpose)[: x.ndim])
+        if layer.reshape_dims is not None:
+            sizes = [x.shape[axis] if size == 0 else size for axis, size in enumerate(layer.reshape_dims)]
+            x = x.reshape(sizes)
+        return x.permute(list(layer.second_transpose)[: x.ndim])
+
+    def _elementwise(self, layer: Any, values: Values) -> torch.Tensor:
+        import torch
+
+        operations: dict[str, Callable[..., torch.Tensor]] = {
+            "SUM": torch.add,
+            "SUB": torch.sub,
+            "PROD": torch.mul,
+            "DIV": torch.div,
+            "GREATER": torch.gt,
+            "LESS": torch.lt,
+            "AND": torch.logical_and,
+        }
+        if layer.op.name not in operations:
+            raise self._unknown(layer, layer.op)
+        a, b = _operand(layer, values, 0), _operand(layer, values, 1)
+        if a.ndim != b.ndim or a.dtype != b.dtype:
+            raise UnsupportedError("EVALUATOR_OPERANDS", f"{layer.name} takes operands of one rank and type")
+        return operations[layer.op.name](a, b)
+
+    def _unary(self, layer: Any, values: Values) -> torch.Tensor:
+        import torch
+
+        operations: dict[str, Callable[..., torch.Tensor]] = {"SQRT": torch.sqrt, "NOT": torch.logical_not}
+        if layer.op.name not in operations:
+            raise self._unknown(layer, layer.op)
+        return operations[layer.op.name](_operand(layer, values, 0))
+
+    def _activation(self, layer: Any, values: Values) -> torch.Tensor:
+        import torch
+
+        x = _operand(layer, values, 0)
+        kind = layer.type.name
+        if kind == "SIGMOID":
+            return torch.sigmoid(x)
+        if kind in ("GELU_ERF", "GELU_TANH"):
+            return torch.nn.functional.gelu(x, approximate="tanh" if kind == "GELU_TANH" else "none")
+        raise self._unknown(layer, layer.type)
+
+    def _reduce(self, layer: Any, values: Values) -> torch.Tensor:
+        if layer.op != self._api.ReduceOperation.AVG:
+            raise self._unknown(layer, layer.op)
+        x = _operand(layer, values, 0)
+        axes = [axis for axis in range(x.ndim) if layer.axes >> axis & 1]
+        return x.mean(dim=axes, keepdim=layer.keep_dims)
+
+    def _matrix_multiply(self, layer: Any, values: Values) -> torch.Tensor:
+        a, b = _operand(layer, values, 0), _operand(layer, values, 1)
+        transpose = self._api.MatrixOperation.TRANSPOSE
+        return (a.mT if layer.op0 == transpose else a) @ (b.mT if layer.op1 == transpose else b)
+
+    def _gather(self, layer: Any, values: Values) -> torch.Tensor:
+        import torch
+
+        data, index = _operand(layer, values, 0), _operand(layer, values, 1).long()
+        if layer.mode == self._api.GatherMode.DEFAULT and layer.axis == 0 and layer.num_elementwise_dims == 0:
+            return data[index]
+        if layer.mode == self._api.GatherMode.ND and layer.num_elementwise_dims == 1 and index.shape[-1] == 1:
+            return data[torch.arange(data.shape[0]), index[:, 0]]
+        raise self._unknown(layer, layer.mode)
+
+    def _rotary_embedding(self, layer: Any, values: Values) -> torch.Tensor:
+        import torch
+
+        if layer.interleaved:
+            raise self._unknown(layer, "interleaved rotation")
+        x, cos, sin, positions = (_operand(layer, values, index) for index in range(4))
+        width = layer.rotary_embedding_dim or x.shape[-1]
+        c, s = (table[positions.long()].unsqueeze(1) for table in (cos, sin))  # [B, 1, S, width / 2]
+        a, b, rest = x[..., : width // 2], x[..., width // 2 : width], x[..., width:]
+        return torch.cat([a * c - b * s, b * c + a * s, rest], dim=-1)
+
+    def _kv_cache_update(self, layer: Any, values: Values) -> torch.Tensor:
+        if layer.cache_mode != self._api.KVCacheMode.LINEAR:
+            raise self._unknown(layer, layer.cache_mode)
+        cache, update, starts = (_operand(layer, values, index) for index in range(3))
+        updated = cache.clone()
+        for row, start in enumerate(starts.tolist()):
+            if start + update.shape[2] > cache.shape[2]:
+                raise BadInputError(
+                    "CACHE_OVERRUN", f"{layer.name}: position {start} + {update.shape[2]} exceeds {cache.shape[2]}"
+                )
+            updated[row, :, start : start + update.shape[2]] = update[row]
+        return updated
+
+    def _attention_input(self, layer: Any, values: Values) -> torch.Tensor:
+        return _operand(layer, values, 0)  # the output layer at the other boundary computes
+
+    def _attention_output(self, layer: Any, values: Values) -> torch.Tensor:
+        attention = layer.attention
+        softmax = attention.norm_op == self._api.AttentionNormalizationOp.SOFTMAX
+        if not softmax or attention.causal_kind != self._api.CausalMaskKind.NONE or attention.mask is None:
+            raise self._unknown(layer, "attention other than softmax with an explicit mask")
+        q, k, v = (values[attention.get_input(index).name].float() for index in range(3))
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        scores = (q @ k.mT).masked_fill(~values[attention.mask.name], float("-inf"))
+        return (scores.softmax(dim=-1) @ v).to(self._dtype(layer.get_output(0).dtype))
+
+
+def _operand(layer: Any, values: Values, index: int) -> torch.Tensor:
+    return values[layer.get_input(index).name]
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    return len(shape) == len(expected) and all(b in (-1, a) for a, b in zip(shape, expected, strict=True))

@@ -1,0 +1,241 @@
+"""The executor that turns the one forward pass into a TensorRT network.
+
+Batch and new-token counts stay symbolic; only the cache's length is fixed. Layers are named after the canonical module
+they belong to (``layers.3.attn.q``, ``layers.3.attn.q/rotary``), so errors and logs read in the model's terms.
+
+Measured choices (TensorRT-RTX 1.6.1): attention takes an explicit boolean mask computed here from the positions, which
+compiles to the same fused kernels as the causal kinds and is exact, while ``key_value_lengths`` attends beyond the
+length; a normalisation written elementwise in float32 compiles to one fused kernel; separate q/k/v and gate/up products
+of one input are merged by the builder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtllm_cli.artifacts.schema import Dtype
+from trtllm_cli.build.tensorrt.layers import Layers, Tensor
+from trtllm_cli.build.tensorrt.weights import WeightSource, cast, from_float32
+from trtllm_cli.errors import BadInputError
+from trtllm_cli.models import rotary
+from trtllm_cli.models.spec import DecoderSpec, NormSpec, RotarySpec
+from trtllm_cli.ops.api import AttentionSpec, KvCache, Ops
+
+_CACHE_SUFFIX = ".k_cache"
+
+
+class TrtOps(Ops[Tensor]):
+    """Adds layers computing in ``dtype`` with a cache of ``context`` positions.
+
+    A batch must keep ``starts[b] + S <= context`` for every sequence. Raises BadInputError for a missing or misshapen
+    weight and UnsupportedError for a layer TensorRT refuses, both naming the module.
+    """
+
+    def __init__(self, layers: Layers, spec: DecoderSpec, weights: WeightSource, dtype: Dtype, context: int) -> None:
+        self._net = layers
+        self._api = layers.trt.api
+        self._shapes = spec.tensor_shapes()
+        self._weights = weights
+        self._dtype = dtype
+        self._context = context
+        self._bits: dict[str, NDArray[Any]] = {}
+        self._made: dict[tuple[Any, ...], Tensor] = {}
+
+    # ---- fine -----------------------------------------------------------------------------------------------------
+
+    def positions(self, token_ids: Tensor, starts: Tensor) -> Tensor:
+        net, api = self._net, self._api
+        shape = net.add("shape", "positions/shape", token_ids)  # int64 [2]
+        first = net.constant("positions/first", np.zeros((), np.int32))
+        step = net.constant("positions/step", np.array([0, 1], np.int32))
+
+        def ramp(layer: Any) -> None:
+            layer.set_input(0, shape)
+            layer.set_input(1, first)
+            layer.set_input(2, step)
+
+        index = net.add("fill", "positions/index", (0, 0), api.FillOperation.LINSPACE, api.int32, configure=ramp)
+        column = net.add("shuffle", "positions/starts", starts, configure=_reshape((0, 1)))
+        return self._binary("positions", column, index, "SUM")
+
+    def embedding(self, token_ids: Tensor, module: str) -> Tensor:
+        return self._net.add("gather", module, self._weight(f"{module}.weight", 2), token_ids, 0)
+
+    def linear(self, x: Tensor, module: str) -> Tensor:
+        rank = len(x.shape)
+        weight = self._weight(f"{module}.weight", rank)
+        none, transpose = self._api.MatrixOperation.NONE, self._api.MatrixOperation.TRANSPOSE
+        y = self._net.add("matrix_multiply", module, x, none, weight, transpose)
+        bias = f"{module}.bias"
+        return self._binary(f"{module}/biased", y, self._weight(bias, rank), "SUM") if bias in self._shapes else y
+
+    def norm(self, x: Tensor, module: str, spec: NormSpec) -> Tensor:
+        net, rank = self._net, len(x.shape)
+        wide = self._cast(x, "float32", f"{module}/float32")
+        square = self._binary(f"{module}/square", wide, wide, "PROD")
+        last = 1 << (rank - 1)
+        mean = net.add("reduce", f"{module}/mean", square, self._api.ReduceOperation.AVG, last, True)
+        shifted = self._binary(f"{module}/mean+eps", mean, self._scalar(spec.eps, "float32", rank), "SUM")
+        root = net.add("unary", f"{module}/root", shifted, self._api.UnaryOperation.SQRT)
+        unit = self._binary(f"{module}/unit", wide, root, "DIV")
+        narrow = self._cast(unit, self._dtype, f"{module}/{self._dtype}")
+        return self._binary(module, narrow, self._weight(f"{module}.weight", rank), "PROD")
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._binary(f"{_module(b)}/residual", a, b, "SUM")
+
+    def mul(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._binary(f"{_module(b)}/product", a, b, "PROD")
+
+    def activation(self, x: Tensor, kind: str) -> Tensor:
+        api, name = self._api.ActivationType, f"{_module(x)}/{kind}"
+        if kind == "silu":
+            sigmoid = self._net.add("activation", f"{name}/sigmoid", x, api.SIGMOID)
+            return self._binary(name, x, sigmoid, "PROD")
+        return self._net.add("activation", name, x, {"gelu": api.GELU_ERF, "gelu_tanh": api.GELU_TANH}[kind])
+
+    def split_heads(self, x: Tensor, heads: int, head_dim: int) -> Tensor:
+        def configure(layer: Any) -> None:
+            layer.reshape_dims = (0, 0, heads, head_dim)  # zeros keep batch and tokens as they are
+            layer.second_transpose = (0, 2, 1, 3)
+
+        return self._net.add("shuffle", f"{_module(x)}/split_heads", x, configure=configure)
+
+    def merge_heads(self, x: Tensor) -> Tensor:
+        def transpose(layer: Any) -> None:
+            layer.first_transpose = (0, 2, 1, 3)
+
+        width = x.shape[1] * x.shape[3]
+        turned = self._net.add("shuffle", f"{_module(x)}/token_major", x, configure=transpose)
+        return self._net.add("shuffle", f"{_module(x)}/merge_heads", turned, configure=_reshape((0, 0, width)))
+
+    def rotary(self, x: Tensor, positions: Tensor, spec: RotarySpec) -> Tensor:
+        cos, sin = self._rotary_tables(spec)
+        return self._net.add(
+            "rotary_embedding",
+            f"{_module(x)}/rotary",
+            x,
+            cos,
+            sin,
+            False,  # half-rotation layout
+            spec.dim,
+            configure=lambda layer: layer.set_input(3, positions),
+        )
+
+    def cache_update(self, cache: KvCache[Tensor], k: Tensor, v: Tensor, starts: Tensor) -> KvCache[Tensor]:
+        mode = self._api.KVCacheMode.LINEAR
+
+        def update(old: Tensor, new: Tensor) -> Tensor:
+            return self._net.add("kv_cache_update", f"{old.name}/update", old, new, starts, mode)
+
+        return KvCache(update(cache.k, k), update(cache.v, v))
+
+    def attend(self, q: Tensor, cache: KvCache[Tensor], positions: Tensor, spec: AttentionSpec) -> Tensor:
+        scaled = self._binary(f"{_module(q)}/scaled", q, self._scalar(spec.scale, self._dtype, 4), "PROD")
+        softmax, no_causal = self._api.AttentionNormalizationOp.SOFTMAX, self._api.CausalMaskKind.NONE
+        mask = self._mask(positions, spec.window)
+
+        def configure(layer: Any) -> None:
+            layer.mask = mask  # a causal kind beside a mask would silently drop the mask
+            # float32 has no fused attention; the build reports how many attentions were fused
+            layer.decomposable = True
+
+        name = f"{_module(cache.k).removesuffix(_CACHE_SUFFIX)}.attn"
+        return self._net.add("attention_v2", name, scaled, cache.k, cache.v, softmax, no_causal, configure=configure)
+
+    def gather_last(self, x: Tensor, last: Tensor) -> Tensor:
+        def configure(layer: Any) -> None:
+            layer.num_elementwise_dims = 1
+
+        index = self._net.add("shuffle", "last/index", last, configure=_reshape((0, 1)))
+        return self._net.add("gather_v2", "last/rows", x, index, self._api.GatherMode.ND, configure=configure)
+
+    # ---- helpers --------------------------------------------------------------------------------------------------
+
+    def _binary(self, name: str, a: Tensor, b: Tensor, operation: str) -> Tensor:
+        return self._net.add("elementwise", name, a, b, getattr(self._api.ElementWiseOperation, operation))
+
+    def _cast(self, x: Tensor, dtype: Dtype, name: str) -> Tensor:
+        wanted = self._net.dtype(dtype)
+        return x if x.dtype == wanted else self._net.add("cast", name, x, wanted)
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def _weight(self, name: str, rank: int) -> Tensor:
+        """The tensor as a constant, with leading ones up to ``rank`` (operands of one layer must have equal ranks)."""
+        return self._once(("weight", name, rank), lambda: self._constant(name, rank))
+
+    def _constant(self, name: str, rank: int) -> Tensor:
+        if name not in self._bits:
+            weight = self._weights(name)
+            if weight.bits.shape != self._shapes[name]:
+                raise BadInputError(
+                    "TENSOR_SHAPE",
+                    f"tensor {name} has shape {tuple(weight.bits.shape)}, the model spec says {self._shapes[name]}",
+                    "repeat `trtllm-cli convert`",
+                )
+            self._bits[name] = cast(weight, self._dtype, name)
+        bits = self._bits[name]
+        return self._net.constant(name, bits.reshape((1,) * (rank - bits.ndim) + bits.shape), self._dtype)
+
+    def _scalar(self, value: float, dtype: Dtype, rank: int) -> Tensor:
+        bits = from_float32(np.full((1,) * rank, value, np.float32), dtype)
+        return self._once(
+            ("scalar", value, dtype, rank), lambda: self._net.constant(f"constant/{value:g}", bits, dtype)
+        )
+
+    def _rotary_tables(self, spec: RotarySpec) -> tuple[Tensor, Tensor]:
+        if ("cos", spec) not in self._made:
+            cos, sin = rotary.tables(spec, self._context)
+            self._made["cos", spec] = self._net.constant("rotary/cos", from_float32(cos, self._dtype), self._dtype)
+            self._made["sin", spec] = self._net.constant("rotary/sin", from_float32(sin, self._dtype), self._dtype)
+        return self._made["cos", spec], self._made["sin", spec]
+
+    def _mask(self, positions: Tensor, window: int | None) -> Tensor:
+        """bool [B, 1, S, C]: which cache positions each new token sees; shared by all layers of one window."""
+        return self._once(("mask", window), lambda: self._make_mask(positions, window))
+
+    def _make_mask(self, positions: Tensor, window: int | None) -> Tensor:
+        name = "mask" if window is None else f"mask/window{window}"
+        cache_index = self._once(
+            ("cache index",),
+            lambda: self._net.constant(
+                "mask/cache_index", np.arange(self._context, dtype=np.int32).reshape(1, 1, 1, self._context)
+            ),
+        )
+
+        # [B, S] -> [B, S, 1, 1] -> [B, 1, S, 1]: a reshape can copy a dimension only to its own place
+        def configure(layer: Any) -> None:
+            layer.reshape_dims = (0, 0, 1, 1)
+            layer.second_transpose = (0, 2, 1, 3)
+
+        position = self._net.add("shuffle", f"{name}/position", positions, configure=configure)
+        future = self._binary(f"{name}/future", cache_index, position, "GREATER")
+        seen = self._net.add("unary", f"{name}/seen", future, self._api.UnaryOperation.NOT)
+        if window is None:
+            return seen
+        width = self._net.constant(f"{name}/width", np.full((1, 1, 1, 1), window, np.int32))
+        edge = self._binary(f"{name}/edge", position, width, "SUB")
+        recent = self._binary(f"{name}/recent", cache_index, edge, "GREATER")
+        return self._binary(f"{name}/seen_recent", seen, recent, "AND")
+
+
+def _module(tensor: Tensor) -> str:
+    """The canonical module a tensor comes from: layers are named ``module`` or ``module/part``."""
+    return str(tensor.name).partition("/")[0]
+
+
+def _reshape(shape: tuple[int, ...]) -> Callable[[Any], None]:
+    """A shuffle's reshape; a zero keeps the dimension at its place."""
+
+    def configure(layer: Any) -> None:
+        layer.reshape_dims = shape
+
+    return configure

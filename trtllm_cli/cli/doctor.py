@@ -1,0 +1,58 @@
+"""``trtllm-cli doctor``: what this machine has, what is missing, and what that means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trtllm_cli.cli.options import Debug, Json
+from trtllm_cli.cli.output import Output
+
+_PACKAGES = {
+    "torch": "reference executor, convert and quantize",
+    "safetensors": "weight files",
+    "tokenizers": "tokenizers",
+    "huggingface_hub": "download from the hub",
+    "gguf": "import of GGUF files (extra: gguf)",
+    "tensorrt_rtx": "build --backend tensorrt (extra: tensorrt)",
+    "tensorrt": "build --backend tensorrt with full TensorRT (extra: tensorrt-full)",
+    "modelopt": "not used by this version (extra: modelopt)",
+}
+_DISTRIBUTIONS = {"tensorrt_rtx": "tensorrt_rtx_cu13", "modelopt": "nvidia-modelopt"}
+
+
+def command(as_json: Json = False, debug: Debug = False) -> None:
+    """Report versions, the native CPU library, backends, and the supported model families."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from trtllm_cli import __version__
+    from trtllm_cli.evaluate.hardware import hardware
+    from trtllm_cli.models.families import supported
+    from trtllm_cli.ops.native import library
+
+    with Output(as_json) as out:
+        facts: dict[str, Any] = {"trtllm-cli": __version__, "python": platform.python_version()}
+        out.line(f"trtllm-cli {__version__}, Python {facts['python']}, {platform.platform()}")
+        packages: dict[str, str | None] = {}
+        for name, use in _PACKAGES.items():
+            try:
+                packages[name] = version(_DISTRIBUTIONS.get(name, name))
+            except PackageNotFoundError:
+                packages[name] = None
+            out.line(f"  {name:16} {packages[name] or 'absent':18} {use}")
+        facts["packages"] = packages
+        problem = library.find_problem()
+        if problem is None:
+            native = library.load()
+            facts["native"] = {"isa": native.isa, "compiler": native.compiler, "path": str(native.path)}
+            out.line(f"native CPU library: {native.isa}, {native.compiler}, {native.path}")
+        else:
+            facts["native"] = {"problem": problem}
+            out.line(f"native CPU library: none ({problem}); CPU engines run on the slower torch executor")
+        machine = hardware().model_dump(mode="json")
+        facts["hardware"] = machine
+        out.line("machine: " + ", ".join(f"{key} {value}" for key, value in machine.items() if value))
+        facts["families"] = list(supported())
+        out.line(f"families: {', '.join(supported())}")
+        out.line("backends: cpu (build, run, eval, bench); tensorrt (build only in this version)")
+        out.result(facts)

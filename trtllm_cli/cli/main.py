@@ -1,0 +1,112 @@
+"""The command ``trtllm-cli``: parsing, printing and exit codes. Work happens in the stages, imported when needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import click
+import typer
+
+from trtllm_cli import __version__
+from trtllm_cli.cli import artifacts, build, convert, doctor, download, evaluate, pipeline, quantize, run
+from trtllm_cli.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UserError
+
+app = typer.Typer(
+    name="trtllm-cli",
+    help="From a published checkpoint to a fast engine, in stages that run alone, chain, check and repeat.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_STAGES = "Stages"
+_LOOK = "Artifacts and machine"
+app.command("download", rich_help_panel=_STAGES)(download.command)
+app.command("convert", rich_help_panel=_STAGES)(convert.command)
+app.command("quantize", rich_help_panel=_STAGES)(quantize.command)
+app.command("build", rich_help_panel=_STAGES)(build.command)
+app.command("run", rich_help_panel=_STAGES)(run.command)
+app.command("eval", rich_help_panel=_STAGES)(evaluate.eval_command)
+app.command("bench", rich_help_panel=_STAGES)(evaluate.bench_command)
+app.add_typer(pipeline.app, name="pipeline", rich_help_panel=_STAGES)
+app.command("inspect", rich_help_panel=_LOOK)(artifacts.inspect_command)
+app.command("verify", rich_help_panel=_LOOK)(artifacts.verify_command)
+app.command("diff", rich_help_panel=_LOOK)(artifacts.diff_command)
+app.command("schema", rich_help_panel=_LOOK)(artifacts.schema_command)
+app.command("doctor", rich_help_panel=_LOOK)(doctor.command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"trtllm-cli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _fail(code: str, message: str, hint: str, exit_code: int, as_json: bool) -> int:
+    print(f"error[{code}]: {message}", file=sys.stderr)
+    if hint:
+        print(f"try: {hint}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"status": "error", "code": code, "message": message, "hint": hint, "exit_code": exit_code}))
+    sys.stdout.flush()
+    return exit_code
+
+
+def invoke(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; errors are printed, nothing is raised (but with ``--debug``)."""
+    debug, as_json = "--debug" in arguments, "--json" in arguments
+    try:
+        outcome = app(args=list(arguments), prog_name="trtllm-cli", standalone_mode=False)
+        return outcome if isinstance(outcome, int) else EXIT_OK
+    except UserError as error:
+        if debug:
+            raise
+        return _fail(error.code, error.message, error.hint, error.exit_code, as_json)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return EXIT_USAGE
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "trtllm-cli"
+        return _fail("USAGE", error.format_message(), f"{command} --help", EXIT_USAGE, as_json)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail(
+            "INTERRUPTED", "stopped by the user", "repeat the command: stages resume", EXIT_INTERRUPTED, as_json
+        )
+    except BrokenPipeError:
+        # the reader of our output went away (such as `| head`); nothing is left to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except MemoryError:
+        if debug:
+            raise
+        return _fail("OUT_OF_MEMORY", "not enough memory", "a smaller --context or --concurrency", 5, as_json)
+    except Exception as error:
+        if debug:
+            raise
+        name = type(error).__name__
+        return _fail(
+            "INTERNAL", f"{name}: {error}", "repeat it with --debug and report the traceback", EXIT_INTERNAL, as_json
+        )
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(invoke(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""``trtllm-cli run``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trtllm_cli.cli.options import Debug, Json, Threads
+from trtllm_cli.cli.output import Output
+
+if TYPE_CHECKING:
+    from trtllm_cli.runtime.generate import Completion, Request
+    from trtllm_cli.runtime.load import Loaded
+
+_PROMPT_KEYS = {"prompt", "messages", "max_new_tokens", "stop", "seed"}
+
+
+def command(
+    engine: Annotated[Path, typer.Argument(help="Engine, from build.", show_default=False)],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue. Repeatable.", show_default=False)
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("--prompt-file", help='JSON lines: {"prompt": ...} or {"messages": [...]}.', show_default=False),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt through the model's chat template.")] = False,
+    system: Annotated[
+        str | None, typer.Option("--system", help="System message, with --chat.", show_default=False)
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes (one prompt).")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Keep the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens that sum to p.")] = 1.0,
+    min_p: Annotated[float, typer.Option("--min-p", help="Drop tokens below p times the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="Above 1: repeat less.")] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Text that ends generation. Repeatable.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same text.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end token.")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Generate text. Sampled text is reproducible by seed, whatever else runs in the batch."""
+    from pydantic import ValidationError
+
+    from trtllm_cli.artifacts.config import describe
+    from trtllm_cli.errors import UsageError
+    from trtllm_cli.runtime.generate import generate
+    from trtllm_cli.runtime.load import load_engine
+    from trtllm_cli.runtime.sampling import Sampling
+
+    try:
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+    except ValidationError as error:
+        raise UsageError("OPTION_INVALID", f"run: {describe(error)}", "trtllm-cli run --help") from error
+    if temperature == 0 and (top_k or top_p < 1 or min_p):
+        raise UsageError(
+            "OPTION_UNUSED", "top-k, top-p and min-p have no effect on greedy text", "add --temperature 0.8"
+        )
+    if system is not None and not chat:
+        raise UsageError("OPTION_UNUSED", "--system has no effect without --chat", "add --chat")
+    rows = _rows(prompt or [], prompt_file)
+    if stream and len(rows) > 1:
+        raise UsageError("OPTION_UNUSED", f"--stream takes one prompt, {len(rows)} are given", "leave out --stream")
+    with Output(as_json) as out:
+        model = load_engine(engine, threads)
+        requests = [
+            _request(row, model, chat, system, sampling, max_new_tokens, tuple(stop or ()), ignore_eos) for row in rows
+        ]
+        completions = generate(
+            model.executor, model.tokenizer, requests, (lambda _, text: out.piece(text)) if stream else None
+        )
+        if stream:
+            out.line()
+        _print(out, rows, completions, stream)
+        _summary(out, completions, model)
+        if as_json:
+            out.result({"completions": [one.model_dump() for one in completions], "load_s": model.load_seconds})
+        model.executor.close()
+
+
+def _rows(prompts: list[str], file: Path | None) -> list[dict[str, Any]]:
+    from trtllm_cli.errors import BadInputError, UsageError
+
+    rows: list[dict[str, Any]] = [{"prompt": text} for text in prompts]
+    if file is not None:
+        try:
+            lines = file.read_text("utf-8").splitlines()
+        except FileNotFoundError as error:
+            raise BadInputError("FILE_MISSING", f"{file} does not exist", "check --prompt-file") from error
+        except UnicodeDecodeError as error:
+            raise BadInputError("NOT_UTF8", f"{file} is not UTF-8 text ({error})", "save it as UTF-8") from error
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                rows.append(_row(line, f"{file}:{number}"))
+    if not rows:
+        raise UsageError("PROMPT_MISSING", "there is no prompt", "--prompt TEXT, or --prompt-file FILE.jsonl")
+    for text in prompts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            # bytes of the command line that are not UTF-8 arrive as lone surrogates
+            raise BadInputError("NOT_UTF8", "--prompt is not valid UTF-8", "use a UTF-8 terminal") from error
+    return rows
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    from trtllm_cli.errors import BadInputError
+
+    form = 'write {"prompt": "..."} or {"messages": [{"role": ..., "content": ...}]}'
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise BadInputError("PROMPT_FILE_INVALID", f"{where} is not JSON ({error})", form) from error
+    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row) or set(row) - _PROMPT_KEYS:
+        raise BadInputError(
+            "PROMPT_FILE_INVALID", f"{where} is not a prompt row (keys: {', '.join(sorted(_PROMPT_KEYS))})", form
+        )
+    messages = row.get("messages", [])
+    texts = [row["prompt"]] if "prompt" in row else [part for m in messages for part in _message(m, where, form)]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadInputError("PROMPT_FILE_INVALID", f"{where}: prompt and messages hold text", form)
+    return row
+
+
+def _message(message: Any, where: str, form: str) -> list[Any]:
+    from trtllm_cli.errors import BadInputError
+
+    if not isinstance(message, dict) or set(message) != {"role", "content"}:
+        raise BadInputError("PROMPT_FILE_INVALID", f"{where}: a message has a role and a content", form)
+    return [message["role"], message["content"]]
+
+
+def _request(
+    row: dict[str, Any],
+    model: Loaded,
+    chat: bool,
+    system: str | None,
+    sampling: Any,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    ignore_eos: bool,
+) -> Request:
+    from pydantic import ValidationError
+
+    from trtllm_cli.artifacts.config import describe
+    from trtllm_cli.errors import BadInputError
+    from trtllm_cli.runtime.generate import Request
+
+    messages = row.get("messages")
+    if messages is None and chat:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": row["prompt"]})
+    if messages is not None:
+        tokens = model.tokenizer.encode(model.tokenizer.chat(messages), special=False)
+    else:
+        tokens = model.tokenizer.encode(row["prompt"])
+    own_stop = row.get("stop", stop)
+    try:
+        return Request(
+            tokens=tuple(tokens),
+            max_new_tokens=row.get("max_new_tokens", max_new_tokens),
+            sampling=sampling.model_validate({**sampling.model_dump(), "seed": row.get("seed", sampling.seed)}),
+            stop=(own_stop,) if isinstance(own_stop, str) else tuple(own_stop),
+            ignore_eos=ignore_eos,
+        )
+    except (ValidationError, TypeError) as error:
+        why = describe(error) if isinstance(error, ValidationError) else str(error)
+        raise BadInputError("PROMPT_FILE_INVALID", f"a prompt row is invalid: {why}", "see run --help") from error
+
+
+def _print(out: Output, rows: list[dict[str, Any]], completions: list[Completion], streamed: bool) -> None:
+    if streamed:
+        return
+    for number, completion in enumerate(completions, 1):
+        if len(completions) > 1:
+            out.line(f"--- {number} of {len(rows)} ({completion.finish_reason})")
+        out.line(completion.text)
+
+
+def _summary(out: Output, completions: list[Completion], model: Loaded) -> None:
+    new = sum(len(one.tokens) for one in completions)
+    total = max(one.total_s for one in completions)
+    first = min(one.first_token_s for one in completions)
+    rate = (new - len(completions)) / (total - first) if total > first and new > len(completions) else 0.0
+    reasons = sorted({one.finish_reason for one in completions})
+    out.say(
+        f"[{sum(one.prompt_tokens for one in completions)} prompt tokens, {new} new, "
+        f"first after {first * 1000:.0f} ms, then {rate:.1f} tokens/s; "
+        f"loaded in {model.load_seconds * 1000:.0f} ms; ended by {', '.join(reasons)}]"
+    )
+    if any(one.finish_reason == "context" for one in completions):
+        out.say(f"note: the engine's context of {model.executor.context} tokens is full; build with a larger --context")

@@ -1,0 +1,265 @@
+"""The stages ``eval`` and ``bench``: a loaded model in, results and optionally a report artifact out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pydantic import Field, JsonValue
+
+from trtllm_cli.artifacts.config import Configured, StageOptions
+from trtllm_cli.artifacts.publish import Request, publish
+from trtllm_cli.artifacts.results import Result
+from trtllm_cli.artifacts.schema import CheckpointBody, EngineBody, ReportBody
+from trtllm_cli.artifacts.store import Artifact
+from trtllm_cli.errors import BadInputError, UnsupportedError, UsageError
+from trtllm_cli.evaluate import divergence, perplexity
+from trtllm_cli.evaluate.bench import bench, read_bandwidth
+from trtllm_cli.evaluate.hardware import Hardware, hardware, library_versions
+from trtllm_cli.evaluate.page import render
+from trtllm_cli.evaluate.report import (
+    PAGE,
+    REPORT,
+    Report,
+    Series,
+    describe_subject,
+    divergence_series,
+    window_series,
+    write_report,
+)
+from trtllm_cli.evaluate.tasks import TaskFile, read_tasks, run_tasks
+from trtllm_cli.runtime.load import Loaded
+
+#: called as work proceeds with (what is measured, steps done, steps in all, the figure so far)
+Progress = Callable[[str, int, int, float], None]
+
+
+class EvalOptions(StageOptions):
+    """What to measure. Files enter the id by their digests; their paths are recorded nowhere.
+
+    ``text`` is scored in windows of ``context`` positions, each ``stride`` tokens after the one before (None: not
+    overlapping), at most ``windows`` of them, with or without ``bos``. ``tasks`` are JSON-lines files
+    (:mod:`trtllm_cli.evaluate.tasks`) of which the first ``limit`` tasks are run.
+    """
+
+    text: Path | None = Field(default=None, exclude=True)
+    tasks: tuple[Path, ...] = Field(default=(), exclude=True)
+    context: int = Field(default=512, ge=2)
+    stride: int | None = Field(default=None, ge=1)
+    windows: int | None = Field(default=None, ge=1)
+    bos: bool = False
+    limit: int | None = Field(default=None, ge=1)
+
+
+class BenchOptions(StageOptions):
+    """The shape to time; ``bandwidth`` also measures this machine's read bandwidth (1 GiB of memory, some seconds)."""
+
+    prompt_tokens: int = Field(default=128, ge=1)
+    new_tokens: int = Field(default=128, ge=2)
+    batch: int = Field(default=1, ge=1)
+    repetitions: int = Field(default=5, ge=1)
+    seed: int = Field(default=0, ge=0)
+    bandwidth: bool = True
+
+
+def evaluate(
+    model: Loaded,
+    config: Configured[EvalOptions],
+    *,
+    output: Path | None = None,
+    against: Loaded | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Artifact | tuple[Result, ...]:
+    """Measure quality. With ``output`` publishes a report artifact and returns it, else returns the results.
+
+    With ``against`` the text is scored under both models and the result is a divergence. Raises UsageError for nothing
+    to do or unused options, and what the measurements raise.
+    """
+    options = config.options
+    _require_used(config, against)
+    text = _read_text(options.text) if options.text is not None else None
+    files = [read_tasks(path, options.limit) for path in options.tasks]
+
+    def measure() -> tuple[list[Result], list[Series]]:
+        results: list[Result] = []
+        series: list[Series] = []
+        if text is not None:
+            _score_text(model, against, text, options, results, series, progress)
+        for file in files:
+            results.append(
+                run_tasks(model.executor, model.tokenizer, file, bos=options.bos, progress=_named(progress, file.name))
+            )
+        return results, series
+
+    if output is None:
+        return tuple(measure()[0])
+    parents = (model.artifact, against.artifact) if against is not None else (model.artifact,)
+    request = Request("report", "eval", config, parents, library_versions(), _digests(text, files))
+    return _publish(output, request, model, against, hardware(), measure, force)
+
+
+def benchmark(
+    model: Loaded,
+    config: Configured[BenchOptions],
+    *,
+    output: Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Artifact | tuple[Result, ...]:
+    """Measure speed. With ``output`` publishes a report artifact and returns it, else returns the results.
+
+    The report's id includes the machine, so a report of another machine never counts as up to date.
+    """
+    options = config.options
+
+    def measure() -> tuple[list[Result], list[Series]]:
+        result = bench(
+            model.executor,
+            model.load_seconds,
+            decode_weight_bytes(model),
+            options.prompt_tokens,
+            options.new_tokens,
+            options.batch,
+            options.repetitions,
+            seed=options.seed,
+            progress=_named(progress, "bench"),
+        )
+        if options.bandwidth:
+            # after the run: its buffer of a GiB must not count as the engine's memory
+            result = result.model_copy(update={"measured_bandwidth_gb_per_s": read_bandwidth()})
+        return [result], []
+
+    if output is None:
+        return tuple(measure()[0])
+    machine = hardware()
+    identity: dict[str, JsonValue] = {"hardware": machine.model_dump(mode="json")}
+    request = Request("report", "bench", config, (model.artifact,), library_versions(), identity)
+    return _publish(output, request, model, None, machine, measure, force)
+
+
+def decode_weight_bytes(model: Loaded) -> int:
+    """Bytes of weights one decode step reads: all of them, but for an embedding table that is not also the output.
+
+    Of that only one row a token is read. It is kept unquantized, in the model's own dtype.
+    """
+    body = model.artifact.manifest.body
+    if isinstance(body, EngineBody):
+        total = body.limits.weight_bytes
+    elif isinstance(body, CheckpointBody):
+        total = body.weight_bytes
+    else:
+        raise BadInputError(
+            "WRONG_KIND", f"{model.artifact.path} is a {model.artifact.kind}, not a model", "benchmark an engine"
+        )
+    if body.spec.tie_embeddings:
+        return total
+    return total - body.spec.vocab_size * body.spec.hidden_size * (4 if body.dtype == "float32" else 2)
+
+
+def _score_text(
+    model: Loaded,
+    against: Loaded | None,
+    text: str,
+    options: EvalOptions,
+    results: list[Result],
+    series: list[Series],
+    progress: Progress | None,
+) -> None:
+    tokens = model.tokenizer.encode(text, special=False)
+    protocol = perplexity.text_protocol(
+        text, len(tokens), context=options.context, stride=options.stride, windows=options.windows, bos=options.bos
+    )
+    bos_id = model.tokenizer.info.bos_id
+    if against is None:
+        nlls = perplexity.window_nlls(
+            model.executor, tokens, protocol, bos_id=bos_id, progress=_named(progress, "perplexity")
+        )
+        results.append(perplexity.summarise(nlls, protocol))
+        series.append(window_series(model.name, nlls))
+        return
+    if against.tokenizer.encode(text, special=False) != tokens or against.tokenizer.info.bos_id != bos_id:
+        raise UnsupportedError(
+            "TOKENIZER_DIFFERS",
+            f"{model.name} and {against.name} cut the text into different tokens: "
+            "their predictions cannot be compared position by position",
+            "compare with an engine built from the same source model",
+        )
+    found = divergence.position_divergences(
+        against.executor, model.executor, tokens, protocol, bos_id=bos_id, progress=_named(progress, "divergence")
+    )
+    results.append(perplexity.summarise(found.subject_windows(), protocol))
+    results.append(divergence.summarise(found, protocol, against.name))
+    series.append(window_series(model.name, found.subject_windows()))
+    series.append(window_series(against.name, found.reference_windows()))
+    series.append(divergence_series(found.divergence))
+
+
+def _publish(
+    output: Path,
+    request: Request,
+    model: Loaded,
+    against: Loaded | None,
+    machine: Hardware,
+    measure: Callable[[], tuple[list[Result], list[Series]]],
+    force: bool,
+) -> Artifact:
+    with publish(output, request, force=force) as work:
+        if work.up_to_date is not None:
+            return work.up_to_date
+        results, series = measure()
+        report = Report(
+            subject=describe_subject(model.name, model.artifact),
+            reference=describe_subject(against.name, against.artifact) if against is not None else None,
+            results=tuple(results),
+            series=tuple(series),
+            hardware=machine,
+        )
+        write_report(work.file(REPORT), report)
+        work.file(PAGE).write_text(render(report), encoding="utf-8")
+        return work.complete(
+            ReportBody(subject=model.artifact.id, results=report.results, hardware=machine.model_dump(mode="json"))
+        )
+
+
+def _require_used(config: Configured[EvalOptions], against: Loaded | None) -> None:
+    options = config.options
+    if options.text is None and not options.tasks:
+        raise UsageError("NOTHING_TO_DO", "neither a text nor a task file is given", "add --text FILE or --task FILE")
+    given = config.origins
+    without_text = [name for name in ("context", "stride", "windows") if name in given] + ["against"] * bool(against)
+    if options.text is None and without_text:
+        raise UsageError(
+            "OPTION_UNUSED",
+            f"{', '.join(without_text)} has no effect without a text",
+            "add --text FILE or leave it out",
+        )
+    if not options.tasks and "limit" in given:
+        raise UsageError(
+            "OPTION_UNUSED", "limit has no effect without a task file", "add --task FILE, or use --windows for a text"
+        )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise BadInputError("FILE_UNREADABLE", f"cannot read {path}: {error.strerror}", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise BadInputError(
+            "TEXT_NOT_UTF8", f"{path} is not UTF-8 text (byte {error.start})", "convert it: iconv -t UTF-8"
+        ) from error
+
+
+def _digests(text: str | None, files: Sequence[TaskFile]) -> dict[str, JsonValue]:
+    return {
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest() if text is not None else None,
+        "tasks": [[file.name, file.sha256] for file in files],
+    }
+
+
+def _named(progress: Progress | None, what: str) -> Callable[[int, int, float], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total, figure: progress(what, done, total, figure)

@@ -1,0 +1,129 @@
+// A loaded model: weights, activation buffers, the cache, and the program that a forward pass interprets.
+#pragma once
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "pool.h"
+#include "small.h"
+
+namespace tn {
+
+// What went wrong, for the caller to turn into its own errors; codes as in library.py.
+struct Failure : std::runtime_error {
+    int code;
+    Failure(int code_, const std::string& message) : std::runtime_error(message), code(code_) {}
+};
+enum { kOk = 0, kInternal = 1, kBadInput = 2, kDoesNotFit = 3, kNoMemory = 4 };
+
+enum OpKind { kEmbedding = 0, kNorm = 1, kAddNorm = 2, kLinear = 3, kGatedOp = 4, kAttention = 5, kGather = 6 };
+// What a linear does to make its input, so that no pass over memory and no barrier stands between the two.
+enum Prologue { kPlainInput = 0, kNormInput = 1, kAddNormInput = 2, kGatedInput = 3 };
+
+struct Part {
+    int weight, out;  // out < 0: the logits
+};
+
+// Buffers and vectors are indices. Which fields mean something depends on the kind:
+//   embedding  weight -> out                     norm      x -> out (vector, eps)
+//   add_norm   x + y -> total, out (vector, eps) gated     x, y -> out (activation)
+//   linear     prologue of x, y (total) -> parts gather    x -> out
+//   attention  x, y, z = q, k, v -> out (attention, rotary table)
+struct Op {
+    int kind = 0, prologue = 0;
+    int x = -1, y = -1, z = -1, total = -1, out = -1, weight = -1, vector = -1, activation = 0, rotary = -1;
+    bool outputs = false;  // rows are wanted outputs, not tokens
+    int64_t dim = 0;       // elements a row of the input
+    float eps = 0;
+    std::vector<Part> parts;
+    AttentionShape attention;
+};
+
+struct Buffer {
+    Pages pages;
+    int64_t stride = 0;
+    float* row(int64_t r) const { return pages.floats() + r * stride; }
+};
+
+struct Rotary {
+    const float *cos, *sin;
+    int64_t dim;
+};
+
+// A stretch of one segment that runs in the current pass.
+struct Piece {
+    int64_t slot, position, first, count;
+};
+// A unit of attention work: queries [query, query + count) of a piece; for a single query, chunk of the cache.
+struct Task {
+    int piece;
+    int64_t query, count, chunk;
+};
+
+struct Pass {
+    int64_t tokens = 0, outputs = 0;
+    std::vector<int32_t> token_ids;
+    std::vector<int64_t> gather;    // row of each wanted output
+    std::vector<int> piece_of;      // of each token row
+    std::vector<Piece> pieces;
+    std::vector<Task> tasks;
+    std::vector<int64_t> partial_of;  // first partial result of each piece, -1 without
+    int64_t chunks = 0;             // partial results in use
+    bool single = false;            // every piece is one query with one chunk
+    float* logits = nullptr;
+};
+
+struct Local {
+    PanelCache panels;
+    Scratch attention, rows, sums;
+};
+
+struct Segment {
+    int64_t slot, start, count, want;  // want: 0 none, 1 last, 2 all
+};
+
+class Model {
+  public:
+    Model(int threads, int64_t chunk, bool bf16, int64_t vocab);
+
+    // construction, in any order before finish()
+    std::vector<Weight> weights;
+    std::vector<const float*> vectors;
+    std::vector<int64_t> widths;
+    std::vector<Rotary> rotaries;
+    std::vector<Op> ops;
+    KvStore kv;
+    void finish();
+
+    // Segments' tokens one after another. Writes wanted logits [rows][vocab].
+    void forward(const std::vector<Segment>& segments, const int32_t* tokens, float* logits);
+    int64_t scratch_bytes() const;
+    void poison();
+
+    Pool pool;
+    std::vector<int32_t> lengths;  // cached positions of each slot
+    std::mutex mutex;
+
+  private:
+    void check(const std::vector<Segment>& segments, const int32_t* tokens) const;
+    void plan_attention();
+    void run_pass();
+    void run_ops(Worker& worker);
+    void linear(const Op& op, Worker& worker, Local& local);
+    void attention(const Op& op, Worker& worker, Local& local);
+    void make_row(const Op& op, int64_t r, float* out, bool keep_total) const;
+
+    int64_t chunk_, vocab_;
+    bool bf16_;
+    int64_t input_stride_ = 0;
+    Pages input_;     // inputs of the current linear, shared by the threads
+    Pages partials_;  // of attention over several chunks
+    std::vector<Buffer> buffers_;
+    std::vector<std::unique_ptr<Local>> locals_;
+    Pass pass_;
+};
+
+}  // namespace tn

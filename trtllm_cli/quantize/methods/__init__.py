@@ -1,0 +1,28 @@
+"""Quantization methods, one file each. :mod:`trtllm_cli.quantize.methods.base` says what a method provides."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from trtllm_cli.errors import UsageError
+from trtllm_cli.quantize.methods.base import WeightMethod
+
+_MODULES = {
+    "int8-weight-only": "int8_weight_only",
+    "int4-weight-only": "int4_weight_only",
+}
+
+
+def names() -> tuple[str, ...]:
+    """Every method of this version."""
+    return tuple(_MODULES)
+
+
+def method(name: str) -> WeightMethod:
+    """The method called ``name``. Raises UsageError listing what there is."""
+    if name not in _MODULES:
+        raise UsageError(
+            "METHOD_UNKNOWN", f"there is no quantization method {name!r}", f"--method one of: {', '.join(_MODULES)}"
+        )
+    found: WeightMethod = import_module(f"trtllm_cli.quantize.methods.{_MODULES[name]}").METHOD
+    return found

@@ -1,0 +1,97 @@
+"""The reference executor: the decoder in plain torch behind the runtime's executor interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from trtllm_cli.errors import BadInputError, DoesNotFitError
+from trtllm_cli.models.decoder import decoder
+from trtllm_cli.models.spec import DecoderSpec
+from trtllm_cli.ops.api import DecoderInputs, KvCache
+from trtllm_cli.ops.segment import Logits, Segment
+from trtllm_cli.ops.torch_ops import TorchOps, Weights
+
+
+class TorchExecutor:
+    """``slots`` sequences of up to ``context`` positions, computed and cached in ``dtype``."""
+
+    def __init__(
+        self, spec: DecoderSpec, weights: Weights, context: int, slots: int, dtype: torch.dtype, threads: int | None
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.context = context
+        self.slots = slots
+        self.vocab_size = spec.vocab_size
+        self._spec = spec
+        self._ops = TorchOps(weights, context)
+        shape = (slots, spec.num_kv_heads, context, spec.head_dim)
+        self._caches = tuple(
+            KvCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(spec.num_layers)
+        )
+
+    def forward(self, segments: Sequence[Segment]) -> Logits:
+        """See :class:`trtllm_cli.runtime.executor.Executor`."""
+        self._check(segments)
+        slots = [segment.slot for segment in segments]
+        consecutive = slots == list(range(slots[0], slots[0] + len(slots))) if slots else False
+        # neighbouring slots share one padded batch; others run one by one, because caches are views of the slots
+        batches = [list(segments)] if consecutive else [[segment] for segment in segments]
+        rows = [row for batch in batches for row in self._batch(batch)]
+        if not rows:
+            return np.empty((0, self.vocab_size), np.float32)
+        return torch.cat(rows).float().numpy()
+
+    def _check(self, segments: Sequence[Segment]) -> None:
+        seen: set[int] = set()
+        for segment in segments:
+            if not 0 <= segment.slot < self.slots or segment.slot in seen:
+                raise BadInputError("SLOT_INVALID", f"slot {segment.slot} is out of range or used twice", "")
+            seen.add(segment.slot)
+            if len(segment.tokens) == 0:
+                raise BadInputError(
+                    "SEGMENT_EMPTY", f"slot {segment.slot} has no new tokens", "give at least one token"
+                )
+            if segment.start < 0 or segment.start + len(segment.tokens) > self.context:
+                raise DoesNotFitError(
+                    "CONTEXT_EXCEEDED",
+                    f"{segment.start + len(segment.tokens)} tokens do not fit a context of {self.context}",
+                    "build the engine with a larger --context",
+                )
+            if int(np.min(segment.tokens)) < 0 or int(np.max(segment.tokens)) >= self.vocab_size:
+                raise BadInputError("TOKEN_OUT_OF_RANGE", f"token ids must lie in 0..{self.vocab_size - 1}", "")
+
+    @torch.inference_mode()
+    def _batch(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
+        lengths = [len(segment.tokens) for segment in segments]
+        ids = torch.zeros(len(segments), max(lengths), dtype=torch.long)
+        for row, segment in enumerate(segments):
+            ids[row, : lengths[row]] = torch.from_numpy(np.asarray(segment.tokens, np.int64))
+        first = segments[0].slot
+        view = slice(first, first + len(segments))
+        last = torch.tensor(lengths) - 1
+        everything = any(segment.want == "all" for segment in segments)
+        inputs = DecoderInputs(
+            token_ids=ids,
+            starts=torch.tensor([segment.start for segment in segments]),
+            last=None if everything else last,
+            caches=tuple(KvCache(cache.k[view], cache.v[view]) for cache in self._caches),
+        )
+        logits = decoder(self._ops, self._spec, inputs).logits
+        rows = []
+        for row, segment in enumerate(segments):
+            if segment.want == "all":
+                rows.append(logits[row, : lengths[row]])
+            elif segment.want == "last":
+                rows.append(logits[row, lengths[row] - 1 :][:1] if everything else logits[row : row + 1])
+        return rows
+
+    def describe(self) -> dict[str, Any]:
+        return {"executor": "torch", "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+    def close(self) -> None:
+        self._caches = ()
