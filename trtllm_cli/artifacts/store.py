@@ -33,6 +33,7 @@ _NEXT = {
     "engine": "trtllm-cli run {path} --prompt ...",
     "report": "trtllm-cli inspect {path}",
 }
+_A = {"source": "a source", "checkpoint": "a checkpoint", "engine": "an engine", "report": "a report"}
 _MAKES: dict[str, str] = {
     "source": "trtllm-cli download MODEL -o OUT",
     "checkpoint": "trtllm-cli convert SOURCE -o OUT",
@@ -132,8 +133,8 @@ def open_artifact(path: Path, kind: Kind | None = None, *, full: bool = False) -
     if kind is not None and manifest.kind != kind:
         raise BadInputError(
             "WRONG_KIND",
-            f"{path} is a {manifest.kind}, this stage takes a {kind}",
-            _NEXT[manifest.kind].format(path=path) + f" (a {kind} is made by: {_MAKES[kind]})",
+            f"{path} is {_A[manifest.kind]}, this stage takes {_A[kind]}",
+            _NEXT[manifest.kind].format(path=path) + f" ({_A[kind]} is made by: {_MAKES[kind]})",
         )
     artifact = Artifact(path, manifest)
     for problem in problems(artifact, full=full):

@@ -51,7 +51,10 @@ def command(as_json: Json = False, debug: Debug = False) -> None:
             out.line(f"native CPU library: none ({problem}); CPU engines run on the slower torch executor")
         machine = hardware().model_dump(mode="json")
         facts["hardware"] = machine
-        out.line("machine: " + ", ".join(f"{key} {value}" for key, value in machine.items() if value))
+        out.line(
+            f"machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_mib']} MiB; "
+            f"{', '.join(machine['isa']) or 'no vector extensions known here'}"
+        )
         facts["families"] = list(supported())
         out.line(f"families: {', '.join(supported())}")
         out.line("backends: cpu (build, run, eval, bench); tensorrt (build only in this version)")

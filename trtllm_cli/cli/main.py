@@ -8,12 +8,14 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated
 
-import click
 import typer
 
 from trtllm_cli import __version__
 from trtllm_cli.cli import artifacts, build, convert, doctor, download, evaluate, pipeline, quantize, run
 from trtllm_cli.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UserError
+
+#: typer's parsing errors; newer versions carry their own copy of click, so click's class would not match
+_ParseError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 app = typer.Typer(
     name="trtllm-cli",
@@ -75,14 +77,14 @@ def invoke(arguments: Sequence[str]) -> int:
         if debug:
             raise
         return _fail(error.code, error.message, error.hint, error.exit_code, as_json)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message(), file=sys.stderr)
-        return EXIT_USAGE
-    except click.ClickException as error:
+    except _ParseError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            return EXIT_USAGE  # the help was printed already
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "trtllm-cli"
-        return _fail("USAGE", error.format_message(), f"{command} --help", EXIT_USAGE, as_json)
-    except (KeyboardInterrupt, click.Abort):
+        message = error.format_message()  # type: ignore[attr-defined]
+        return _fail("USAGE", message[:1].lower() + message[1:].rstrip("."), f"{command} --help", EXIT_USAGE, as_json)
+    except (KeyboardInterrupt, typer.Abort):
         return _fail(
             "INTERRUPTED", "stopped by the user", "repeat the command: stages resume", EXIT_INTERRUPTED, as_json
         )

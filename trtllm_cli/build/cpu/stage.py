@@ -25,6 +25,7 @@ from trtllm_cli.artifacts.schema import (
     EngineBody,
     EngineLimits,
     LayerQuantization,
+    Origin,
     Requirement,
 )
 from trtllm_cli.artifacts.store import Artifact, open_artifact
@@ -78,12 +79,13 @@ def build_cpu(
     report = report or Silent()
     parent = open_artifact(checkpoint, "checkpoint", full=True)
     asked = request(parent, config, report)
-    executor = str(asked.identity["executor"])
+    options: CpuOptions = asked.config.options
+    executor = options.executor
     with publish(output, asked, force=force) as work:
         if work.up_to_date is not None:
             return work.up_to_date
         body = parent.checkpoint
-        limits, tactics = derive(body, config.options, executor)
+        limits, tactics = derive(body, options, executor)
         weight_bytes = _write_native(parent, work, report) if executor == "native" else _copy_weights(parent, work)
         limits = limits.model_copy(update={"weight_bytes": weight_bytes})
         if body.tokenizer is not None:
@@ -109,10 +111,23 @@ def build_cpu(
 def request(parent: Artifact, config: Configured[CpuOptions], report: Reporter) -> Request:
     """What :func:`build_cpu` makes of the checkpoint ``parent``; its id tells whether an output is up to date.
 
-    Raises UnsupportedError when ``executor`` is native and no library can be had (it is compiled here if need be).
+    What the options leave open is decided here and recorded as derived. Raises UnsupportedError when ``executor`` is
+    native and no library can be had (it is compiled here if need be), UsageError as :func:`derive`.
     """
     executor = _executor(config.options.executor, report)
-    return Request("engine", "build", config, (parent,), identity={"backend": "cpu", "executor": executor})
+    limits, tactics = derive(parent.checkpoint, config.options, executor)
+    decided = {
+        "context": limits.context,
+        "executor": executor,
+        "products": tactics.products,
+        "cache": tactics.cache,
+    }
+    opened = {name: value for name, value in decided.items() if getattr(config.options, name) != value}
+    origins: dict[str, Origin] = {**config.origins}
+    for name in opened:
+        origins[name] = "derived"
+    resolved = Configured(config.options.model_copy(update=opened), origins)
+    return Request("engine", "build", resolved, (parent,), identity={"backend": "cpu"})
 
 
 def _executor(asked: str, report: Reporter) -> str:
