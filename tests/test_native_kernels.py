@@ -16,7 +16,7 @@ from trtllm_cli.ops.native.packing import PackedModule, pack_module, pack_vector
 pytestmark = pytest.mark.skipif(library.find_problem() is not None, reason=str(library.find_problem()))
 
 FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
-GEMV, GEMM_FLOAT, GEMM_BF16 = 0, 1, 2
+GEMV, GEMM_FLOAT, GEMM_BF16, GEMV_SPLIT = 0, 1, 2, 3
 Array = NDArray[Any]
 
 
@@ -125,6 +125,7 @@ def test_products_match_float64(case: tuple[Any, ...]) -> None:
         y, bound = c.expected(x)
         # a zero point is subtracted after the sum over its group, hence the margin
         assert np.all(np.abs(c.run(GEMV, x) - y) <= 1e-6 * bound * 2 + 1e-6), rows
+        assert np.all(np.abs(c.run(GEMV_SPLIT, x) - y) <= 2**-18 * bound + 1e-6), rows
     for rows in (1, 6, 13):
         x = rng.standard_normal((rows, k)).astype(np.float32)
         y, bound = c.expected(x)
@@ -149,9 +150,10 @@ def test_a_row_does_not_depend_on_the_others(format: str, group: int) -> None:
     rng = np.random.default_rng(3)
     c = Case(rng, format, 100, 96, group, asymmetric=group > 0)
     x = rng.standard_normal((8, 96)).astype(np.float32)
-    together = c.run(GEMV, x)
-    for rows in range(1, 8):
-        assert np.array_equal(c.run(GEMV, x[:rows].copy()), together[:rows])
+    for mode in (GEMV, GEMV_SPLIT):
+        together = c.run(mode, x)
+        for rows in range(1, 8):
+            assert np.array_equal(c.run(mode, x[:rows].copy()), together[:rows])
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda c: "-".join(str(p) for p in c[:5]))

@@ -269,6 +269,17 @@ def test_decoding_does_not_depend_on_the_batch(llama: Pair) -> None:
             assert np.array_equal(got[1:], alone[n])
 
 
+def test_larger_batches_give_the_same_bits_too(llama: Pair) -> None:
+    sequences = prompts(*[30] * 9)
+    with llama.native(threads=2, slots=9, gemm="bfloat16") as model:
+        got = []
+        for size in (5, 9):
+            for slot in range(9):
+                model.forward([Segment(slot, 0, sequences[slot][:29], "none")])
+            got.append(model.forward([Segment(slot, 29, sequences[slot][29:]) for slot in range(size)]))
+        assert np.array_equal(got[0], got[1][:5])
+
+
 def test_a_slot_can_be_copied(llama: Pair) -> None:
     (tokens,) = prompts(60)
     with llama.native(threads=2) as model:

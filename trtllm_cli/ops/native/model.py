@@ -6,8 +6,14 @@
 
 A *slot* holds one sequence's cache. Segments of one call are packed along one token axis without padding: prompts,
 chunks of prompts and single tokens mix freely. The weights are used where they lie (memory-mapped files are fine) and
-must not change. Results are the same bits for any number of threads. Products of up to eight rows take float32
-activations and give each sequence the same bits whatever else is in the batch; larger ones take the ``gemm`` mode.
+must not change.
+
+Arithmetic. In the float32 mode activations are float32 throughout. In the bfloat16 mode products of up to four rows
+(decoding a few sequences) keep float32 activations, except against int4 weights, where each is the sum of two bfloat16
+numbers (relative error 2^-17); products of more rows round activations to bfloat16. Sums, norms, softmax and the
+residual are float32 always. Results are the same bits for any number of threads. A sequence's results depend on what
+else is in the batch only through the number of rows: up to four (eight in the float32 mode) decoding gives the same
+bits as alone, and beyond that the same bits for every larger batch.
 """
 
 from __future__ import annotations
@@ -43,10 +49,10 @@ class NativeModel:
 
     ``modules`` describes every matrix of the plan and ``tensors`` holds the packed arrays
     (:mod:`trtllm_cli.ops.native.packing`). ``context`` positions for each of ``slots`` sequences are reserved but take
-    memory only as they fill. ``gemm`` is the arithmetic of products of more than eight rows: bfloat16 operands with
-    float32 sums (where the processor has them, else float32), or float32. ``kv_dtype`` is how keys and values are
-    kept. ``threads`` defaults to the processors this process may use. ``chunk`` bounds the tokens of one pass, and
-    with them the scratch memory.
+    memory only as they fill. ``gemm`` is the arithmetic of products of many rows: bfloat16 operands with float32
+    sums (where the processor has them, else float32), or float32 (see the module). ``kv_dtype`` is how keys and values
+    are kept. ``threads`` defaults to the processors this process may use. ``chunk`` bounds the tokens of one pass,
+    and with them the scratch memory.
 
     Raises BadInputError where tensors do not fit the plan, UnsupportedError where there is no native library, and
     DoesNotFitError where the cache cannot be reserved. ``close()`` frees everything.
@@ -68,7 +74,7 @@ class NativeModel:
     ) -> None:
         self.plan, self.context, self.slots = plan, context, slots
         self._model: ctypes.c_void_p | None = None
-        self._check_sizes(context, slots, chunk)
+        self._check_sizes(context, slots, chunk, 1 if threads is None else threads)
         self.library = native or library.load()
         self._c = self.library.handle
         # everything the library points into must outlive it
@@ -100,10 +106,12 @@ class NativeModel:
         lengths = self._c.tn_lengths(self._model)
         self._lengths: NDArray[np.int32] = np.ctypeslib.as_array(lengths, shape=(slots,))
 
-    def _check_sizes(self, context: int, slots: int, chunk: int) -> None:
-        if context < 1 or slots < 1 or chunk < 1:
+    def _check_sizes(self, context: int, slots: int, chunk: int, threads: int) -> None:
+        if min(context, slots, chunk, threads) < 1:
             raise BadInputError(
-                "ENGINE_LIMITS", f"context {context}, slots {slots} and chunk {chunk} must be positive", ""
+                "ENGINE_LIMITS",
+                f"context {context}, slots {slots}, chunk {chunk} and threads {threads} must be positive",
+                "",
             )
         if context > self.plan.max_positions:
             raise DoesNotFitError(

@@ -16,18 +16,12 @@ struct Stored;
 template <>
 struct Stored<uint16_t> {
     static TN_INLINE v16 get(const uint16_t* p) { return load_halves(p); }
-    static TN_INLINE uint16_t from(float x) {
-#ifdef TN_AVX512
-        return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-        return float_to_half(x);
-#endif
-    }
+    static TN_INLINE void put(uint16_t* p, v16 v) { store_halves(p, v); }
 };
 template <>
 struct Stored<float> {
     static TN_INLINE v16 get(const float* p) { return load(p); }
-    static TN_INLINE float from(float x) { return x; }
+    static TN_INLINE void put(float* p, v16 v) { store(p, v); }
 };
 
 void rotate(float* x, const float* cos, const float* sin, int64_t half) {
@@ -50,9 +44,14 @@ void write_cache(const KvStore& kv, int64_t slot, int64_t layer, int64_t head, i
     const int64_t width = kv.width;
     T* keys = (T*)kv.keys(slot, layer, head) + position / kLanes * width * kLanes + position % kLanes;
     T* values = (T*)kv.values(slot, layer, head) + position * width;
-    for (int64_t d = 0; d < kv.head_dim; ++d) keys[d * kLanes] = Stored<T>::from(k[d]);
-    for (int64_t d = 0; d < kv.head_dim; ++d) values[d] = Stored<T>::from(v[d]);
-    // the padding is zero from the start and nobody writes it
+    // the padding is zero from the start and nothing but zero is written there
+    for (int64_t d = 0; d < kv.head_dim; d += kLanes) {
+        const int count = (int)std::min<int64_t>(kLanes, kv.head_dim - d);
+        T row[kLanes];
+        Stored<T>::put(row, load_part(k + d, count));
+        for (int i = 0; i < count; ++i) keys[(d + i) * kLanes] = row[i];
+        Stored<T>::put(values + d, load_part(v + d, count));
+    }
 }
 
 // scores of HEADS queries against BLOCKS x 16 positions

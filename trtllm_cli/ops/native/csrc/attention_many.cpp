@@ -30,7 +30,8 @@ const uint16_t* key_operand(const T* keys, int64_t width, int64_t panels, uint16
 template <class T>
 void value_operand(const T* values, int64_t width, int64_t count, float* out) {
     for (int64_t j = 0; j < count; ++j)
-        for (int64_t d = 0; d < width; d += kLanes) store(out + (d * kBlock + j * kLanes), stored(values + j * width + d));
+        for (int64_t d = 0; d < width; d += kLanes)
+            store(out + (d * kBlock + j * kLanes), stored(values + j * width + d));
 }
 template <class T>
 void value_operand(const T* values, int64_t width, int64_t count, uint16_t* out) {

@@ -157,15 +157,22 @@ void tn_poison(void* model) { ((Model*)model)->poison(); }
 
 // ---- single kernels, for tests ----
 
-// mode 0: gemv (rows <= 8), 1: float32 gemm, 2: bfloat16 gemm. x [rows][k] float32 -> y [rows][n].
+// mode 0: gemv (rows <= 8), 1: float32 gemm, 2: bfloat16 gemm, 3: gemv in bfloat16 parts where that exists.
+// x [rows][k] float32 -> y [rows][n].
 int tn_test_linear(int mode, int format, int64_t n, int64_t k, int64_t group, int half_scale, const void* packed,
                    const void* scale, const void* zero, const void* bias, const float* x, int64_t rows, float* y) {
     return guarded([&] {
         const Weight w = make_weight(format, n, k, group, half_scale, packed, scale, zero, bias);
-        if (mode == 0) {
+        if (mode == 0 || mode == 3) {
             std::vector<float> sums((size_t)(rows * w.groups()));
             group_sums(w, x, k, w.zero ? (int)rows : 0, sums.data());
-            gemv(w, x, k, (int)rows, sums.data(), y, n, 0, w.panels());
+            if (mode == 3 && can_split(w)) {
+                std::vector<uint32_t> halves((size_t)(rows * k));
+                split(x, k, (int)rows, k, halves.data());
+                gemv_split(w, halves.data(), (int)rows, sums.data(), y, n, 0, w.panels());
+            } else {
+                gemv(w, x, k, (int)rows, sums.data(), y, n, 0, w.panels());
+            }
             return;
         }
         if (mode == 2 && !kHasBf16) throw Failure(kInternal, "this build has no bfloat16 products");

@@ -94,7 +94,8 @@ template <bool BF16, int PANELS>
 void strip(const typename Kind<BF16>::Element* a, int64_t lda, int64_t rows, const typename Kind<BF16>::Element* b,
            int64_t bstride, int64_t k, float* c, int64_t ldc, const Finish& finish) {
     int64_t m = 0;
-    for (; m + kRows <= rows; m += kRows) micro<BF16, kRows, PANELS>(a + m * lda, lda, b, bstride, k, c + m * ldc, ldc, finish);
+    for (; m + kRows <= rows; m += kRows)
+        micro<BF16, kRows, PANELS>(a + m * lda, lda, b, bstride, k, c + m * ldc, ldc, finish);
     a += m * lda;
     c += m * ldc;
     switch (rows - m) {
@@ -147,6 +148,12 @@ void product(const Weight& w, const typename Kind<BF16>::Element* a, int64_t lda
         if (in_place) {
             b = (const Element*)w.panel(first) + k0 * 16;
             bstride = w.panel_bytes() / (int64_t)sizeof(Element);
+            // the next block, while this one is multiplied; pointless once many rows share each block
+            if (m1 - m0 <= 32 && k0 == 0) {
+                const char* next = w.panel(first + count);
+                for (int64_t at = 0; at < std::min<int64_t>(count * w.panel_bytes(), 262144); at += 64)
+                    __builtin_prefetch(next + at, 0, 2);
+            }
         } else {
             bstride = padded * 16;
             Element* out = cache.data.get<Element>((size_t)(kGemmPanels * bstride));

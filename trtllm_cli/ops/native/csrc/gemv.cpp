@@ -1,27 +1,11 @@
 // Products of a few rows: every weight is read once, dequantised in registers and multiplied into up to eight rows of
 // float32 activations. Each output is two chains (even and odd k) whatever the number of rows, so a sequence's result
 // does not depend on how many others are decoded with it.
-#include "weights.h"
+#include "gemv.h"
 
 namespace tn {
 
 namespace {
-
-#ifndef FARTHEST
-#define FARTHEST 131072
-#define FAR 4096
-#define LOC 2
-#endif
-constexpr int64_t kFarthest = FARTHEST, kFar = FAR;
-constexpr int kLocality = LOC;
-
-// Hardware prefetchers stop at the end of a page and start slowly on several short streams: fetch the same place of the
-// next block of panels, or further down the panel where a block is too large for the second-level cache.
-TN_INLINE int64_t prefetch_distance(const Weight& w, int panels) {
-    const int64_t block = panels * w.panel_bytes();
-    return block <= kFarthest ? block : kFar;
-}
-TN_INLINE void prefetch(const char* at) { __builtin_prefetch(at, 0, kLocality); }
 
 // sixteen weights at input k of a panel
 template <int F>

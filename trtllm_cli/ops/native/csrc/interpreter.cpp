@@ -8,6 +8,13 @@ namespace tn {
 namespace {
 
 constexpr int64_t kGemmTaskRows = 96;
+// up to here a product is bound by reading weights and float32 activations cost nothing; bfloat16 tiles win earlier
+constexpr int64_t kFewRows = 8, kFewRowsBf16 = 4;
+constexpr int64_t kPrefetchBytes = 65536, kPrefetchIdleBytes = 131072;
+
+void prefetch_range(const char* at, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
 
 }  // namespace
 
@@ -15,6 +22,7 @@ void Model::run_ops(Worker& worker) {
     Local& local = *locals_[(size_t)worker.index];
     for (const Op& op : ops) {
         const int64_t rows = op.outputs ? pass_.outputs : pass_.tokens;
+        const Op* next = &op + 1 < ops.data() + ops.size() ? &op + 1 : nullptr;
         if (rows == 0) return;  // nobody wants outputs of this pass: only the cache had to be filled
         const auto each_row = [&](auto&& body) {
             const int64_t grain = rows < 8 ? 1 : 4;
@@ -51,8 +59,8 @@ void Model::run_ops(Worker& worker) {
                                 sizeof(float) * (size_t)op.dim);
                 });
                 break;
-            case kLinear: linear(op, worker, local); break;
-            case kAttention: attention(op, worker, local); break;
+            case kLinear: linear(op, next, worker, local); break;
+            case kAttention: attention(op, next, worker, local); break;
         }
     }
 }
@@ -73,7 +81,45 @@ void Model::make_row(const Op& op, int64_t r, float* out, bool keep_total) const
     }
 }
 
-void Model::linear(const Op& op, Worker& worker, Local& local) {
+// Asks for the first of the weights that this thread will read in `next`, so that they come while it computes or waits.
+void Model::prefetch_weights(const Op* next, const Worker& worker, int64_t bytes) const {
+    if (!next || next->kind != kLinear) return;
+    int64_t panels = 0;
+    for (const Part& part : next->parts) panels += weights[(size_t)part.weight].panels();
+    int64_t first = panels * worker.index / worker.count, last = panels * (worker.index + 1) / worker.count;
+    for (const Part& part : next->parts) {
+        const Weight& w = weights[(size_t)part.weight];
+        if (first < w.panels() && first < last) {
+            const int64_t count = std::min(w.panels(), last) - first, take = std::min(bytes, count * w.panel_bytes());
+            prefetch_range(w.panel(first), take);
+            bytes -= take;
+            if (w.format == kInt4) {
+                const int64_t a = first * w.groups() * (w.half_scale ? 32 : 64);
+                prefetch_range((const char*)w.scale + a, std::min<int64_t>(take / 8, 8192));
+            }
+        }
+        if (bytes <= 0) return;
+        first = std::max<int64_t>(0, first - w.panels());
+        last -= w.panels();
+    }
+}
+
+// Asks for the keys and values of this thread's share of a decoding step.
+void Model::prefetch_cache(const Op* next, const Worker& worker, int64_t bytes) const {
+    if (!next || next->kind != kAttention || !pass_.single) return;
+    const AttentionShape& s = next->attention;
+    const int64_t tasks = (int64_t)pass_.tasks.size() * s.kv_heads;
+    for (int64_t i = tasks * worker.index / worker.count; i < tasks * (worker.index + 1) / worker.count; ++i) {
+        const Piece& piece = pass_.pieces[(size_t)pass_.tasks[(size_t)(i / s.kv_heads)].piece];
+        const int64_t take = std::min(bytes / 2, (piece.position + 1) * kv.width * kv.element());
+        prefetch_range(kv.keys(piece.slot, s.layer, i % s.kv_heads), take);
+        prefetch_range(kv.values(piece.slot, s.layer, i % s.kv_heads), take);
+        bytes -= 2 * take;
+        if (bytes < 128) return;
+    }
+}
+
+void Model::linear(const Op& op, const Op* next, Worker& worker, Local& local) {
     const int64_t rows = op.outputs ? pass_.outputs : pass_.tokens;
     const int64_t k = op.dim, padded = (k + kLanes - 1) / kLanes * kLanes;
     int64_t panels = 0;
@@ -82,7 +128,7 @@ void Model::linear(const Op& op, Worker& worker, Local& local) {
         ldy = part.out < 0 ? vocab_ : buffers_[part.out].stride;
         return part.out < 0 ? pass_.logits : buffers_[part.out].row(0);
     };
-    if (rows <= kGemvRows) {
+    if (rows <= (bf16_ ? kFewRowsBf16 : kFewRows)) {
         const float* x = op.prologue == kPlainInput ? buffers_[op.x].row(0) : nullptr;
         int64_t ldx = op.prologue == kPlainInput ? buffers_[op.x].stride : padded;
         if (!x && rows <= 2) {
@@ -94,6 +140,14 @@ void Model::linear(const Op& op, Worker& worker, Local& local) {
             worker.share(rows, 1, [&](int64_t r, int64_t) { make_row(op, r, input_.floats() + r * padded, true); });
             worker.barrier();
             x = input_.floats();
+        }
+        prefetch_cache(next, worker, 2 * kPrefetchIdleBytes);
+        // the bfloat16 mode reads int4 weights as bfloat16, against activations in two parts
+        uint32_t* halves = nullptr;
+        for (const Part& part : op.parts) {
+            if (halves || !bf16_ || !can_split(weights[(size_t)part.weight])) continue;
+            halves = local.halves.get<uint32_t>((size_t)(kGemvRows * k));
+            split(x, ldx, (int)rows, k, halves);
         }
         worker.share(panels, 4, [&](int64_t first, int64_t last) {
             int64_t base = 0;
@@ -109,9 +163,11 @@ void Model::linear(const Op& op, Worker& worker, Local& local) {
                 }
                 int64_t ldy;
                 float* y = output(part, ldy);
-                gemv(w, x, ldx, (int)rows, sums, y, ldy, a, b);
+                if (halves && can_split(w)) gemv_split(w, halves, (int)rows, sums, y, ldy, a, b);
+                else gemv(w, x, ldx, (int)rows, sums, y, ldy, a, b);
             }
         });
+        prefetch_weights(next, worker, kPrefetchBytes);
         worker.barrier();
         return;
     }
@@ -153,7 +209,7 @@ void Model::linear(const Op& op, Worker& worker, Local& local) {
     worker.barrier();
 }
 
-void Model::attention(const Op& op, Worker& worker, Local& local) {
+void Model::attention(const Op& op, const Op* next, Worker& worker, Local& local) {
     AttentionShape s = op.attention;
     const Rotary& rotary = rotaries[(size_t)op.rotary];
     s.cos = rotary.cos;
@@ -171,6 +227,8 @@ void Model::attention(const Op& op, Worker& worker, Local& local) {
         });
         worker.barrier();
     }
+    // attention computes while the memory idles
+    if (pass_.tokens <= kFewRows) prefetch_weights(next, worker, kPrefetchIdleBytes);
     const int64_t tasks = (int64_t)pass_.tasks.size();
     worker.share(tasks * s.kv_heads, 1, [&](int64_t index, int64_t) {
         const Task& task = pass_.tasks[(size_t)(index / s.kv_heads)];
@@ -184,7 +242,8 @@ void Model::attention(const Op& op, Worker& worker, Local& local) {
         }
         if (pass_.single) prepare(row, head);
         const int64_t low = s.window && position + 1 > s.window ? position + 1 - s.window : 0;
-        const int64_t first = std::max(low, task.chunk * kChunk), last = std::min(position + 1, (task.chunk + 1) * kChunk);
+        const int64_t first = std::max(low, task.chunk * kChunk);
+        const int64_t last = std::min(position + 1, (task.chunk + 1) * kChunk);
         const int64_t base = pass_.partial_of[(size_t)task.piece];
         float* partial = base < 0 ? nullptr : partials_.floats() + ((base + task.chunk) * s.heads + head * group) * lds;
         if (first >= last) {  // the window has left this chunk

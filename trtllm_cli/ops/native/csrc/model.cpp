@@ -30,7 +30,7 @@ int64_t Model::scratch_bytes() const {
     for (const auto& b : buffers_) total += (int64_t)b.pages.bytes();
     for (const auto& l : locals_)
         total += (int64_t)(l->panels.data.bytes() + l->panels.plain.bytes() + l->attention.bytes() + l->rows.bytes() +
-                           l->sums.bytes());
+                           l->sums.bytes() + l->halves.bytes());
     return total;
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "gemv.h"
 #include "pool.h"
 #include "small.h"
 
@@ -78,7 +79,7 @@ struct Pass {
 
 struct Local {
     PanelCache panels;
-    Scratch attention, rows, sums;
+    Scratch attention, rows, sums, halves;
 };
 
 struct Segment {
@@ -112,8 +113,10 @@ class Model {
     void plan_attention();
     void run_pass();
     void run_ops(Worker& worker);
-    void linear(const Op& op, Worker& worker, Local& local);
-    void attention(const Op& op, Worker& worker, Local& local);
+    void linear(const Op& op, const Op* next, Worker& worker, Local& local);
+    void attention(const Op& op, const Op* next, Worker& worker, Local& local);
+    void prefetch_weights(const Op* next, const Worker& worker, int64_t bytes) const;
+    void prefetch_cache(const Op* next, const Worker& worker, int64_t bytes) const;
     void make_row(const Op& op, int64_t r, float* out, bool keep_total) const;
 
     int64_t chunk_, vocab_;

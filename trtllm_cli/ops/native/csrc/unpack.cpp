@@ -1,5 +1,5 @@
 // Dequantisation of weight panels for the matrix-matrix products, and of single rows for the embedding.
-#include "weights.h"
+#include "gemm.h"
 
 namespace tn {
 
@@ -14,6 +14,13 @@ TN_INLINE v16 nibble_minus_8(v16i words, int j) {
 #endif
 }
 
+// The next block of panels: what a thread unpacks next lies one block further, and the processor's own prefetchers give
+// up at the end of each page.
+TN_INLINE void prefetch_block(const Weight& w, const char* at) {
+    const int64_t block = kGemmPanels * w.panel_bytes();
+    __builtin_prefetch(at + (block <= 262144 ? block : 4096), 0, 2);
+}
+
 // calls put(k - k0, v16) for the inputs [k0, k1) of one panel in order
 template <class Put>
 TN_INLINE void each_int4(const Weight& w, int64_t panel, int64_t k0, int64_t k1, Put&& put) {
@@ -24,6 +31,7 @@ TN_INLINE void each_int4(const Weight& w, int64_t panel, int64_t k0, int64_t k1,
         const int64_t begin = g * w.group - k0;
         // a block may start inside a group that is the whole row; k0 is then a multiple of 8
         for (int64_t i = begin < 0 ? -begin / 8 : 0; i < words; ++i) {
+            prefetch_block(w, at + i * 64);
             const v16i packed = load_words(at + i * 64);
             const int64_t left = w.group - i * 8 < k1 - k0 - begin - i * 8 ? w.group - i * 8 : k1 - k0 - begin - i * 8;
             if (left <= 0) break;
@@ -46,13 +54,20 @@ void unpack_float(const Weight& w, int64_t panel, int64_t k0, int64_t k1, float*
     switch (w.format) {
         case kFloat32: std::memcpy(out, (const float*)at + k0 * 16, (size_t)count * 64); return;
         case kFloat16:
-            for (int64_t k = 0; k < count; ++k) store(out + k * 16, load_halves((const uint16_t*)at + (k0 + k) * 16));
+            for (int64_t k = 0; k < count; ++k) {
+                if (k % 2 == 0) prefetch_block(w, at + (k0 + k) * 32);
+                store(out + k * 16, load_halves((const uint16_t*)at + (k0 + k) * 16));
+            }
             return;
         case kInt8:
-            for (int64_t k = 0; k < count; ++k) store(out + k * 16, load_bytes((const int8_t*)at + (k0 + k) * 16));
+            for (int64_t k = 0; k < count; ++k) {
+                if (k % 4 == 0) prefetch_block(w, at + (k0 + k) * 16);
+                store(out + k * 16, load_bytes((const int8_t*)at + (k0 + k) * 16));
+            }
             return;
         case kBfloat16:
             for (int64_t k = 0; k < count; k += 2) {
+                prefetch_block(w, at + (k0 + k) / 2 * 64);
                 const v16u both = (v16u)load_words(at + (k0 + k) / 2 * 64);
                 store(out + k * 16, (v16)(both << 16));
                 if (k + 1 < count) store(out + (k + 1) * 16, (v16)(both & 0xffff0000u));
@@ -71,9 +86,20 @@ void unpack_pairs(const Weight& w, int64_t panel, int64_t k0, int64_t k1, uint16
     }
     if (w.format == kInt8) {
         const int8_t* p = (const int8_t*)at + k0 * 16;
-        for (int64_t k = 0; k < even; k += 2)
+        for (int64_t k = 0; k < even; k += 2) {
+            if (k % 4 == 0) prefetch_block(w, (const char*)p + k * 16);
             store_pairs(out + k * 16, load_bytes(p + k * 16), load_bytes(p + (k + 1) * 16));
+        }
         if (even < count) store_pairs(out + even * 16, load_bytes(p + even * 16), v16{});
+        return;
+    }
+    if (w.format == kFloat16) {
+        const uint16_t* p = (const uint16_t*)at + k0 * 16;
+        for (int64_t k = 0; k < even; k += 2) {
+            prefetch_block(w, (const char*)(p + k * 16));
+            store_pairs(out + k * 16, load_halves(p + k * 16), load_halves(p + (k + 1) * 16));
+        }
+        if (even < count) store_pairs(out + even * 16, load_halves(p + even * 16), v16{});
         return;
     }
     if (w.format == kInt4 && w.group % 2 == 0) {
@@ -101,7 +127,8 @@ void embedding_row(const Weight& w, int64_t index, float* out) {
             for (int64_t k = 0; k < w.k; ++k) out[k] = half_to_float(((const uint16_t*)at)[k * 16 + lane]);
             return;
         case kBfloat16:
-            for (int64_t k = 0; k < w.k; ++k) out[k] = bf16_to_float(((const uint16_t*)at)[k / 2 * 32 + lane * 2 + k % 2]);
+            for (int64_t k = 0; k < w.k; ++k)
+                out[k] = bf16_to_float(((const uint16_t*)at)[k / 2 * 32 + lane * 2 + k % 2]);
             return;
         case kInt8: {
             const float scale = ((const float*)w.scale)[index];

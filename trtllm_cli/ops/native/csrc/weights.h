@@ -93,14 +93,6 @@ class Scratch {
     Pages pages_;
 };
 
-constexpr int kGemvRows = 8;  // up to here a product is bound by reading weights, and float32 activations are free
-
-// y[m][16 * p + lane] for panels [first, last): float32 activations x [rows][k] (row stride ldx) times dequantised weights. `sums` [rows][groups] holds the sums of x over each group of
-// an int4 weight with zero points. Columns beyond n are not written.
-void gemv(const Weight& w, const float* x, int64_t ldx, int rows, const float* sums, float* y, int64_t ldy,
-          int64_t first, int64_t last);
-void group_sums(const Weight& w, const float* x, int64_t ldx, int rows, float* sums);
-
 // Row `index` of the matrix as float32, out[0..k).
 void embedding_row(const Weight& w, int64_t index, float* out);
 
