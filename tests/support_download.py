@@ -6,12 +6,13 @@ from pathlib import Path
 
 from trtllm_cli.artifacts.config import Configured
 from trtllm_cli.artifacts.store import Artifact
+from trtllm_cli.download.known import ModelFacts
 from trtllm_cli.download.stage import DownloadOptions, download
 
 SMALL = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"weights" * 100}
 GGUF = b"GGUF" + bytes(range(256)) * 4
 
-FACTS = {"parameters": 1, "licence": "MIT", "context": 8}
+FACTS = ModelFacts(parameters=1, licence="MIT", context=8)
 
 
 class Lines:

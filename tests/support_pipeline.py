@@ -1,36 +1,18 @@
-"""A tiny published model with a tokenizer, and a pipeline over it."""
+"""A pipeline file over a tiny published model, and what its work directory holds."""
 
 from __future__ import annotations
 
-import random
+import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.support_models import tiny_model
-
-WORDS = tuple(f"word{number}" for number in range(90))
-
-
-def write_model(directory: Path, case: str = "llama-gqa", seed: int = 0) -> None:
-    """A random llama as published: config.json, model.safetensors, tokenizer.json (one token a word)."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    tiny_model(case, seed).save_pretrained(directory)
-    vocabulary = {"<unk>": 0, **{word: number for number, word in enumerate(WORDS, 1)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(directory / "tokenizer.json"))
-
-
-def write_text(path: Path, words: int = 300, seed: int = 0) -> None:
-    chosen = random.Random(seed).choices(WORDS, k=words)
-    path.write_text(" ".join(chosen), "utf-8")
+from tests.support_artifacts import CORPUS
 
 
 def stages() -> dict[str, dict[str, Any]]:
-    """Stage name -> stage, in order, of a pipeline that needs no engine to run."""
+    """Stage name -> stage, in order: everything but a benchmark."""
     return {
         "source": {"stage": "download", "model": "tiny"},
         "half": {"stage": "convert", "options": {"dtype": "bfloat16"}},
@@ -48,12 +30,34 @@ def stages() -> dict[str, dict[str, Any]]:
 
 
 def speed_stage() -> dict[str, Any]:
-    """A bench of the engine, short."""
+    """A short benchmark of the engine."""
     options = {"prompt-tokens": 8, "new_tokens": 4, "repetitions": 1, "bandwidth": False}
     return {"stage": "bench", "from": "engine", "options": options}
 
 
-def write_pipeline(path: Path, content: dict[str, dict[str, Any]], **more: Any) -> Path:
+def write_pipeline(directory: Path, content: dict[str, dict[str, Any]], **more: Any) -> Path:
+    """``pipeline.yaml`` and its text in ``directory``."""
+    (directory / "eval.txt").write_text(CORPUS, "utf-8")
     listed = [{"name": name, **stage} for name, stage in content.items()]
-    path.write_text(yaml.safe_dump({"version": 1, "work": "work", **more, "stages": listed}, sort_keys=False), "utf-8")
+    data = {"version": 1, "work": "work", **more, "stages": listed}
+    path = directory / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False), "utf-8")
     return path
+
+
+def saved(directory: Path) -> dict[str, Any]:
+    """The result of the latest run."""
+    data: dict[str, Any] = json.loads((directory / "work" / "pipeline.json").read_bytes())
+    return data
+
+
+def statuses(directory: Path) -> dict[str, str]:
+    return {stage["name"]: stage["status"] for stage in saved(directory)["stages"]}
+
+
+def everything(directory: Path) -> dict[str, tuple[int, int]]:
+    """Every path below ``directory`` with what changes when it is written to."""
+    return {
+        path.relative_to(directory).as_posix(): (path.lstat().st_mtime_ns, path.lstat().st_ino)
+        for path in sorted(directory.rglob("*"))
+    }

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.support_download import FACTS, GGUF, SMALL, fetch, folder, names
 from trtllm_cli.artifacts.store import open_artifact
 from trtllm_cli.download import stage
+from trtllm_cli.download.folder import resolve_folder
 from trtllm_cli.download.known import KnownHub, KnownModel
 from trtllm_cli.download.reference import HubReference, KnownReference, parse_hub, parse_reference
 from trtllm_cli.errors import BadInputError, UnsupportedError, UsageError, UserError
@@ -98,10 +99,9 @@ def test_an_artifact_is_not_downloaded_again(tmp_path: Path) -> None:
 
 def test_a_file_that_changes_while_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = folder(tmp_path / "model", dict(SMALL))
-    hashed = stage.resolve_folder
 
     def then_changed(path: Path, report: Any) -> Any:
-        resolved = hashed(path, report)
+        resolved = resolve_folder(path, report)
         (source / "model.safetensors").write_bytes(b"another")
         return resolved
 

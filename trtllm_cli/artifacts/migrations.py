@@ -14,7 +14,9 @@ from trtllm_cli.errors import BadInputError
 
 
 def _from_0(data: dict[str, Any]) -> dict[str, Any]:
-    config = {key: {"value": value, "origin": "default"} for key, value in data.get("config", {}).items()}
+    config = data.get("config", {})
+    if isinstance(config, dict):  # anything else is for the schema to refuse
+        config = {key: {"value": value, "origin": "default"} for key, value in config.items()}
     return {"environment": {}, **data, "config": config, "schema_version": 1}
 
 

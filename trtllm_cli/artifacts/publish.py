@@ -28,7 +28,7 @@ from trtllm_cli.artifacts.identity import content_id, sha256_file
 from trtllm_cli.artifacts.memory import peak_rss_mib
 from trtllm_cli.artifacts.schema import Body, FileEntry, Kind, Manifest
 from trtllm_cli.artifacts.store import MANIFEST, MEASUREMENTS, Artifact, open_artifact, read_manifest
-from trtllm_cli.errors import BadInputError, DoesNotFitError, UsageError, UserError
+from trtllm_cli.errors import BadInputError, DoesNotFitError, UnsupportedError, UsageError, UserError
 
 _STATE = ".stage.json"
 
@@ -157,10 +157,13 @@ def unfinished(output: Path) -> tuple[Path, str | None] | None:
 def publish(output: Path, request: Request, *, force: bool = False) -> Iterator[Workspace]:
     """Lock ``output`` and make a workspace for ``request``.
 
-    Raises UsageError when the output is someone else's directory or holds another result (without ``force``) or an
+    A user error raised in the body discards the workspace of a stage with parents; any other end keeps it for the next
+    try. Raises UsageError when the output is someone else's directory or holds another result (without ``force``) or an
     interrupted run had other options, BadInputError when another process writes it, DoesNotFitError on a full disk.
     """
     output = Path(os.path.abspath(output))
+    if os.path.islink(output):
+        output = Path(os.path.realpath(output))  # the user's link stays; what it points to is written
     for parent in request.parents:
         here = parent.path.resolve()
         if output.resolve() == here or here in output.resolve().parents or output.resolve() in here.parents:
@@ -174,9 +177,16 @@ def publish(output: Path, request: Request, *, force: bool = False) -> Iterator[
             workspace = Workspace(output, request, None if force else _existing(output, request))
             if workspace.up_to_date is None:
                 if force and output.exists():
-                    _require_replaceable(output)
+                    require_replaceable(output)
                 _prepare(workspace, force)
-            yield workspace
+            try:
+                yield workspace
+            except (UsageError, BadInputError, UnsupportedError):
+                # work on artifacts is refused the same way every time: nothing to resume, and what was begun would
+                # stand in the way of the corrected command (a download has no parents, and its transfer goes on)
+                if request.parents:
+                    shutil.rmtree(workspace.path, ignore_errors=True)
+                raise
     except OSError as error:
         raise as_user_error(error, output) from error
 
@@ -190,7 +200,7 @@ def as_user_error(error: OSError, output: Path) -> UserError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         name = error.filename or output
         return BadInputError("NOT_PERMITTED", f"cannot write {name}: {error.strerror}", "name another output with -o")
-    if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
         return BadInputError("PATH_INVALID", f"cannot create {output}: {error.strerror}", "name another output with -o")
     raise error
 
@@ -210,7 +220,7 @@ def _existing(output: Path, request: Request) -> Artifact | None:
         return None
     if output.is_dir() and not any(output.iterdir()):
         return None
-    _require_replaceable(output)
+    require_replaceable(output)
     try:
         manifest = read_manifest(output)
         if manifest.id == request.id:
@@ -241,14 +251,24 @@ def changes(manifest: Manifest, request: Request) -> str:
     return "made from other data"
 
 
-def _require_replaceable(output: Path) -> None:
-    if output.is_dir() and (not any(output.iterdir()) or (output / MANIFEST).is_file()):
+def require_replaceable(output: Path) -> None:
+    """Raises UsageError unless ``output`` is an empty directory or an artifact of this tool, be it damaged."""
+    if output.is_dir() and (not any(output.iterdir()) or _looks_ours(output / MANIFEST)):
         return
     raise UsageError(
         "OUTPUT_NOT_OURS",
         f"{output} exists and is not an artifact of this tool; it is left as it is",
         "name another output with -o",
     )
+
+
+def _looks_ours(manifest: Path) -> bool:
+    """Whether a manifest, damaged ones included, is of this tool: other tools' files have that name too."""
+    try:
+        with manifest.open("rb") as stream:
+            return b'"schema_version"' in stream.read(4096)
+    except OSError:
+        return False
 
 
 def _prepare(workspace: Workspace, force: bool) -> None:

@@ -62,7 +62,7 @@ class TensorFile:
         try:
             with safe_open(str(self.path), framework="numpy"):
                 pass
-        except (SafetensorError, FileNotFoundError) as error:
+        except (SafetensorError, OSError) as error:
             raise BadInputError(
                 "TENSOR_FILE_DAMAGED",
                 f"{self.path} is not a whole safetensors file ({error})",
@@ -143,7 +143,7 @@ class TensorStore:
             weight_map = json.loads(index.read_bytes())["weight_map"]
             names = sorted(set(weight_map.values()))
             self._promised = frozenset(weight_map)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadInputError(
                 "INDEX_DAMAGED", f"{index} is not a weight index", "download the model again"
             ) from error
@@ -152,7 +152,7 @@ class TensorStore:
                 raise BadInputError(
                     "PATH_ESCAPES", f"{index} names a shard outside its folder: {name!r}", "do not trust it"
                 )
-            if not (self.directory / name).is_file():
+            if not os.path.isfile(self.directory / name):  # also false for a name no system accepts
                 raise BadInputError(
                     "SHARD_MISSING",
                     f"{self.directory} lacks the shard {name} that its index names",

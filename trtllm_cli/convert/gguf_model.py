@@ -113,7 +113,9 @@ class GgufModel:
             end = min(begin + step, rows)
             raw_rows = self.file.bytes(entry, begin * stride, end * stride).reshape(end - begin, stride)
             try:
-                out[begin:end] = dequantize(raw_rows, kind)
+                # a damaged scale makes NaN or infinity, which the conversion reports with the tensor's name
+                with np.errstate(invalid="ignore", over="ignore"):
+                    out[begin:end] = dequantize(raw_rows, kind)
             except NotImplementedError as error:
                 raise UnsupportedError(
                     "GGUF_TYPE_UNSUPPORTED",

@@ -45,7 +45,7 @@ class SafetensorsModel:
             raise BadInputError(
                 "CONFIG_MISSING", f"{directory} has no config.json", "download the whole repository"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInputError("CONFIG_INVALID", f"{file} is not JSON ({error})", "download it again") from error
         if not isinstance(self.config, dict):
             raise BadInputError("CONFIG_INVALID", f"{file} is not a JSON object", "download it again")

@@ -181,7 +181,7 @@ def _write_shards(
     written = 0
     done: list[str] = list(work.state().get("shards", []))
     for file, group in zip(files, groups, strict=True):
-        if file not in done:
+        if file not in done or not work.file(file).is_file():
             partial = work.file(f".{file}.writing")
             with TensorWriter(partial, {name: (code, shapes[name]) for name in group}) as writer:
                 for name in group:
@@ -189,7 +189,7 @@ def _write_shards(
                     written += sizes[name]
                     report.advance("converting", written / 2**20, total / 2**20, "MiB")
             partial.rename(work.file(file))
-            done.append(file)
+            done = sorted({*done, file})
             work.note(shards=done)
         else:
             written += sum(sizes[name] for name in group)
@@ -203,9 +203,12 @@ def _cast(tensor: torch.Tensor, dtype: Dtype, name: str) -> torch.Tensor:
     """To the target dtype, piece by piece; every value must be finite before and after."""
     import torch
 
-    if not tensor.dtype.is_floating_point:
+    # the 8-bit floats of quantized checkpoints mean nothing without their scales
+    if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise BadInputError(
-            "TENSOR_TYPE", f"tensor {name} has type {tensor.dtype}, not a float", "the model may be quantized already"
+            "TENSOR_TYPE",
+            f"tensor {name} has type {tensor.dtype}, not a float of 16 bits or more",
+            "the model may be quantized already",
         )
     target = getattr(torch, dtype)
     flat = tensor.reshape(-1)

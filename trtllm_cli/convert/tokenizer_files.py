@@ -19,7 +19,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInputError("TOKENIZER_DAMAGED", f"{path} is not JSON ({error})", "download it again") from error
     if not isinstance(data, dict):
         raise BadInputError("TOKENIZER_DAMAGED", f"{path} is not a JSON object", "download it again")

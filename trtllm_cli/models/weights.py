@@ -1,10 +1,10 @@
-"""Weights of a checkpoint artifact as the torch executor wants them: dense, in one dtype, dequantized once."""
+"""Weights of a checkpoint, or of an engine for the torch executor: dense, in one dtype, dequantized once."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtllm_cli.artifacts.schema import LayerQuantization
+from trtllm_cli.artifacts.schema import CheckpointBody, EngineBody, LayerQuantization
 from trtllm_cli.artifacts.store import Artifact
 from trtllm_cli.artifacts.tensors import TensorStore
 from trtllm_cli.errors import BadInputError
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 class CheckpointWeights:
     """Dense tensors by canonical name, kept after the first use. ``dtype`` is the compute dtype."""
 
-    def __init__(self, checkpoint: Artifact, dtype: torch.dtype) -> None:
-        self._store = TensorStore(checkpoint.path)
+    def __init__(self, model: Artifact, dtype: torch.dtype) -> None:
+        self._store = TensorStore(model.path)
         self._dtype = dtype
         self._kept: dict[str, torch.Tensor] = {}
-        record = checkpoint.checkpoint.quantization
+        body = model.manifest.body
+        assert isinstance(body, (CheckpointBody, EngineBody))
+        record = body.quantization
         self._quantized = {layer.module: layer for layer in record.layers} if record else {}
 
     def has(self, name: str) -> bool:

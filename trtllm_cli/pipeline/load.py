@@ -137,6 +137,9 @@ def load_pipeline(path: Path, work: Path | None = None) -> Pipeline:
         content = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except FileNotFoundError as error:
         raise BadInputError("FILE_MISSING", f"{path} does not exist", "check the path") from error
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        raise BadInputError("YAML_INVALID", f"{path}{line} is not YAML: {error.problem}", "mend the file") from error
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise BadInputError("YAML_INVALID", f"{path} is not readable YAML ({error})", "mend the file") from error
     if not isinstance(content, dict):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from trtllm_cli.artifacts.publish import changes, unfinished
+from trtllm_cli.artifacts.publish import changes, require_replaceable, unfinished
 from trtllm_cli.artifacts.schema import Manifest
 from trtllm_cli.artifacts.store import MANIFEST, Artifact, open_artifact, read_manifest
 from trtllm_cli.download.reference import HubReference
@@ -147,14 +147,13 @@ def _existing(step: Step, force: bool) -> Manifest | None:
     output = step.output
     if not output.exists() and not output.is_symlink():
         return None
-    if output.is_dir() and not any(output.iterdir()):
+    try:
+        require_replaceable(output)
+    except UsageError as error:
+        hint = "rename the stage or what lies there, or name another work directory: --work DIR"
+        raise UsageError(error.code, error.message, hint) from error
+    if not any(output.iterdir()):
         return None
-    if not output.is_dir() or not (output / MANIFEST).is_file():
-        raise UsageError(
-            "OUTPUT_NOT_OURS",
-            f"{output} exists and is not an artifact of this tool; it is left as it is",
-            "rename the stage or what lies there, or name another work directory: --work DIR",
-        )
     try:
         return read_manifest(output)
     except BadInputError as error:
@@ -176,7 +175,9 @@ def _judge(
     artifacts = [parent.artifact for parent in parents if parent.artifact is not None]
     left = unfinished(step.output)
     settled = len(artifacts) == len(parents)
-    if request is None and settled and parents and (manifest is not None or left is not None):
+    # a build may have to compile the native library to know its id: only where there is something to compare
+    worth_it = manifest is not None or left is not None or step.stage.stage != "build"
+    if request is None and settled and parents and worth_it:
         request = stage_request(step, artifacts, report)
     known = request.id if request is not None else None
     runs = Outlook(step, "runs", "its output is missing", id=known)

@@ -29,6 +29,8 @@ from trtllm_cli.quantize.selection import Choice, select
 #: what copying and hashing hold, and the float32 blocks of rows that quantization works in, in bytes
 _COPY_BYTES = 8 << 20
 _BLOCK_BYTES = 6 * 4 * (4 << 20)
+#: what allocators and thread pools take beside the tensors
+_BESIDE_BYTES = 24 << 20
 _BANDWIDTH_BYTES = 1 << 30
 _REPORT_BYTES = 256 << 10
 _BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -137,7 +139,7 @@ def _convert(asked: str, source: Facts) -> tuple[Prediction, Facts]:
     return (
         Prediction(
             disk_bytes=weights + source.other_bytes,
-            memory_bytes=round(largest * 4 * 1.5),
+            memory_bytes=round(largest * 4 * 1.5) + _BESIDE_BYTES,
             basis=f"{basis}; memory: largest tensor in float32 and a half",
         ),
         made,
@@ -162,7 +164,7 @@ def _quantize(step: Step, parent: Facts) -> tuple[Prediction, Facts]:
         largest = max(largest, held)
     basis = f"{len(chosen)} modules by {o.method}, the rest in {parent.dtype}; memory: the largest module"
     made = replace(parent, weight_bytes=total, quantized=True)
-    return Prediction(disk_bytes=total + parent.other_bytes, memory_bytes=largest, basis=basis), made
+    return Prediction(disk_bytes=total + parent.other_bytes, memory_bytes=largest + _BESIDE_BYTES, basis=basis), made
 
 
 def _quantized_bytes(choice: Choice, shape: Sequence[int]) -> int:

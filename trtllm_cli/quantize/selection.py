@@ -35,6 +35,10 @@ class Override:
             )
         if colon and group not in ("-1", "32", "64", "128"):
             raise UsageError("OVERRIDE_INVALID", f"override {text!r}: group size {group!r}", "use 32, 64, 128 or -1")
+        if colon and not name.startswith("int4"):
+            raise UsageError(
+                "OVERRIDE_INVALID", f"override {text!r}: {name} has no group size", f"leave it out: '{pattern}={name}'"
+            )
         return cls(pattern, name, int(group) if colon else None)
 
 

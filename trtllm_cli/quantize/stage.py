@@ -28,7 +28,8 @@ from trtllm_cli.quantize.selection import Choice, select
 if TYPE_CHECKING:
     import torch
 
-_BLOCK_ELEMENTS = 4 * 1024 * 1024
+# temporaries of a block, in float32 and float64, come to about fifty bytes an element
+_BLOCK_ELEMENTS = 1024 * 1024
 
 MethodName = Literal["int8-weight-only", "int4-weight-only"]
 
@@ -168,7 +169,7 @@ def _write(
     done: dict[str, list[dict[str, object]]] = dict(state.get("shards", {}))
     finished = 0
     for file, group in zip(files, groups, strict=True):
-        if file not in done:
+        if file not in done or not work.file(file).is_file():
             shapes = {name: shape for item in group for name, shape in by_name[item].tensors.items()}
             partial = work.file(f".{file}.writing")
             records: list[LayerQuantization] = []

@@ -28,7 +28,8 @@ def supported() -> tuple[str, ...]:
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The family of a published ``config.json``. Raises UnsupportedError naming the architecture."""
-    architectures = config.get("architectures") or []
+    published = config.get("architectures") or []
+    architectures = published if isinstance(published, list) else [published]
     for name in architectures:
         if name in _MODULES:
             module = import_module(f"trtllm_cli.models.families.{_MODULES[name]}")

@@ -79,6 +79,14 @@ class ConfigReader:
             )
         return value
 
+    def section(self, key: str) -> Mapping[str, Any]:
+        value = self.data.get(key) or {}
+        if not isinstance(value, Mapping):
+            raise BadInputError(
+                "CONFIG_INVALID", f"{self.where}: {key} is {value!r}, not an object", "compare it with the source"
+            )
+        return value
+
     def unsupported(self, what: str, hint: str = "use a model without it") -> UnsupportedError:
         return UnsupportedError("MODEL_FEATURE_UNSUPPORTED", f"{self.where}: {what}", hint)
 
@@ -90,8 +98,7 @@ class ConfigReader:
 
     def rotary(self, head_dim: int) -> RotarySpec:
         """Rotary parameters from ``rope_parameters`` (newer configs) or ``rope_theta`` and ``rope_scaling``."""
-        parameters = dict(self.data.get("rope_parameters") or {})
-        scaling = dict(self.data.get("rope_scaling") or {})
+        parameters, scaling = self.section("rope_parameters"), self.section("rope_scaling")
         merged = ConfigReader({**scaling, **parameters}, f"{self.where} (rope parameters)")
         theta = merged.number("rope_theta", self.number("rope_theta", 10000.0))
         partial = merged.number("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
