@@ -27,12 +27,12 @@ from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[1]
+WORKER = Path(__file__).with_name("bench_cpu_worker.py")
 PROMPT = (
     "The library of the old town stood on a hill above the river. Every morning the librarian opened the heavy doors, "
     "lit the lamps, and put the returned books back on their shelves. One day she found a letter between two pages"
@@ -45,173 +45,6 @@ PREFILLS = (128, 512, 1024)
 PAUSE_S = 0.2
 
 
-# ---- contenders, each in a process of its own
-
-
-class Contender(Protocol):
-    """Runs one sequence; both functions return the last position's logits [vocab]."""
-
-    def prefill(self, tokens: Sequence[int]) -> NDArray[Any]: ...
-
-    def step(self, token: int) -> NDArray[Any]: ...
-
-
-class Transformers:
-    def __init__(self, path: str, dtype: str) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        self._torch = torch
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
-        self._cache: Any = None
-
-    def prefill(self, tokens: Sequence[int]) -> NDArray[Any]:
-        self._cache = None
-        return self._run(list(tokens))
-
-    def step(self, token: int) -> NDArray[Any]:
-        return self._run([token])
-
-    def _run(self, tokens: list[int]) -> NDArray[Any]:
-        with self._torch.inference_mode():
-            ids = self._torch.tensor([tokens])
-            found = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-            self._cache = found.past_key_values
-            logits: NDArray[Any] = found.logits[0, -1].float().numpy()
-        return logits
-
-
-class Engine:
-    def __init__(self, path: str, threads: int) -> None:
-        from trtllm_cli.runtime.executor import Segment
-        from trtllm_cli.runtime.load import load_engine
-
-        self._segment = Segment
-        self._loaded = load_engine(Path(path), threads)
-        self._position = 0
-
-    def prefill(self, tokens: Sequence[int]) -> NDArray[Any]:
-        self._position = 0
-        return self._run(tokens)
-
-    def step(self, token: int) -> NDArray[Any]:
-        return self._run([token])
-
-    def _run(self, tokens: Sequence[int]) -> NDArray[Any]:
-        ids = np.asarray(tokens, np.int32)
-        logits = self._loaded.executor.forward([self._segment(0, self._position, ids)])
-        self._position += len(ids)
-        return logits[0]
-
-
-class LlamaCpp:
-    def __init__(self, path: str, threads: int) -> None:
-        import llama_cpp
-
-        self._library = llama_cpp
-        self._model = llama_cpp.Llama(
-            path, n_ctx=2048, n_threads=threads, n_threads_batch=threads, n_batch=2048, verbose=False
-        )
-
-    def prefill(self, tokens: Sequence[int]) -> NDArray[Any]:
-        self._model.reset()
-        return self._run(tokens)
-
-    def step(self, token: int) -> NDArray[Any]:
-        return self._run([token])
-
-    def _run(self, tokens: Sequence[int]) -> NDArray[Any]:
-        self._model.eval(list(tokens))
-        pointer = self._library.llama_get_logits_ith(self._model.ctx, -1)
-        return np.ctypeslib.as_array(pointer, (self._model.n_vocab(),))
-
-
-def import_first(kind: str) -> None:
-    """Import what the contender needs, so that loading is timed without it."""
-    if kind == "transformers":
-        import torch
-        from transformers import AutoModelForCausalLM  # noqa: F401
-        from transformers.models.llama import modeling_llama  # noqa: F401
-
-        torch.set_grad_enabled(False)
-    elif kind == "engine":
-        import tokenizers  # noqa: F401
-
-        from trtllm_cli.ops.native import library, model  # noqa: F401
-        from trtllm_cli.runtime import load  # noqa: F401
-
-        library.load()
-    else:
-        import llama_cpp  # noqa: F401
-
-
-def worker(kind: str, path: str, dtype: str, threads: int) -> None:
-    """Serve requests, one JSON object a line, until end of input."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nothing a library prints may get between the answers
-
-    def answer(**facts: Any) -> None:
-        answers.write(json.dumps(facts) + "\n")
-        answers.flush()
-
-    import_first(kind)
-    imported = resident("VmRSS")
-    if kind == "transformers":
-        import torch
-
-        torch.set_num_threads(threads)
-    started = time.perf_counter()
-    contender: Contender
-    if kind == "transformers":
-        contender = Transformers(path, dtype)
-    elif kind == "engine":
-        contender = Engine(path, threads)
-    else:
-        contender = LlamaCpp(path, threads)
-    answer(load_s=time.perf_counter() - started, imported_mib=imported)
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request["do"] == "memory":
-            answer(peak_mib=resident("VmHWM"))
-        elif request["do"] == "prefill":
-            started = time.perf_counter()
-            contender.prefill(request["tokens"]).argmax()
-            answer(seconds=time.perf_counter() - started)
-        else:
-            answer(**decode(contender, request["tokens"], request["new"]))
-
-
-def decode(contender: Contender, tokens: Sequence[int], new: int) -> dict[str, Any]:
-    """Greedy: seconds of the ``new - 1`` steps after the prompt, the ids, and how sure each choice was (logits)."""
-    logits = contender.prefill(tokens)
-    ids = [int(logits.argmax())]
-    margins = [margin(logits)] if new <= CHECKED_TOKENS else []
-    started = time.perf_counter()
-    for _ in range(new - 1):
-        logits = contender.step(ids[-1])
-        ids.append(int(logits.argmax()))
-        if new <= CHECKED_TOKENS:  # the text check is not timed
-            margins.append(margin(logits))
-    return {"seconds": time.perf_counter() - started, "ids": ids, "margins": margins}
-
-
-def margin(logits: NDArray[Any]) -> float:
-    """How far the best logit is above the second."""
-    low, high = np.partition(logits, -2)[-2:]
-    return float(high - low)
-
-
-def resident(field: str) -> float:
-    """A line of this process's status in MiB (VmHWM: the peak; unlike ru_maxrss it does not inherit the parent's)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"this system does not tell {field}")
-
-
-# ---- the run
-
-
 class Process:
     """A contender seen from the outside."""
 
@@ -221,7 +54,7 @@ class Process:
             **os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
             "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }  # fmt: skip
-        command = [sys.executable, __file__, "--worker", kind, str(path), dtype, str(threads)]
+        command = [sys.executable, str(WORKER), kind, str(path), dtype, str(threads)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -258,7 +91,7 @@ def as_llama(checkpoint: Path) -> Any:
     body, spec = artifact.checkpoint, artifact.checkpoint.spec
     if spec.family != "llama" or body.quantization is not None or spec.rotary.scaling is not None:
         raise SystemExit(f"{checkpoint} is not an unquantized Llama checkpoint with plain rotary embeddings")
-    config = LlamaConfig(
+    config = LlamaConfig(  # type: ignore[call-arg]  # its fields are not all declared
         vocab_size=spec.vocab_size, hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size,
         num_hidden_layers=spec.num_layers, num_attention_heads=spec.num_heads, num_key_value_heads=spec.num_kv_heads,
         head_dim=spec.head_dim, max_position_embeddings=spec.max_positions, rms_norm_eps=spec.norm.eps,
@@ -301,7 +134,8 @@ def check_text(processes: Sequence[Process], checkpoint: Path, strict: Sequence[
         raise SystemExit(f"{checkpoint} carries no tokenizer")
     tokenizer = Tokenizer(checkpoint, info)
     prompt = tokenizer.encode(PROMPT, special=False)
-    answers = {p.name: p.ask(do="decode", tokens=prompt, new=CHECKED_TOKENS) for p in processes}
+    say("comparing greedy text")
+    answers = {p.name: p.ask(do="decode", tokens=prompt, new=CHECKED_TOKENS, margins=True) for p in processes}
     reference = answers["transformers-float32"]
     found: dict[str, Any] = {}
     for name, given in answers.items():
@@ -320,15 +154,21 @@ def check_text(processes: Sequence[Process], checkpoint: Path, strict: Sequence[
 
 def interleave(processes: Sequence[Process], repetitions: int, request: dict[str, Any]) -> dict[str, list[float]]:
     """Seconds of every repetition and contender; one round before the counted ones warms up."""
+    say(f"{request['do']} of {len(request['tokens'])} tokens, {repetitions} repetitions")
     seconds: dict[str, list[float]] = {process.name: [] for process in processes}
     for number in range(repetitions + 1):
         turn = number % len(processes)
         for process in [*processes[turn:], *processes[:turn]]:
             time.sleep(PAUSE_S)  # lets the threads of the one before fall asleep
             taken = process.ask(**request)["seconds"]
+            say(f"  {number}/{repetitions} {process.name}: {taken:.3f} s")
             if number:
                 seconds[process.name].append(taken)
     return seconds
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def rates(seconds: dict[str, list[float]], tokens: int) -> dict[str, Any]:
@@ -364,6 +204,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     try:
         for number in range(options.loads):
             for name, kind, path, dtype in plan:
+                say(f"loading {name} ({number + 1} of {options.loads})")
                 process = Process(name, kind, path, dtype, options.threads)
                 loads[name].append(process.loaded["load_s"])
                 if number + 1 < options.loads:
@@ -372,7 +213,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
                     processes.append(process)
         strict = [f"engine-{name}" for name, _ in options.engine if name in ("bf16", "bfloat16", "float32")]
         text = check_text(processes, options.checkpoint, strict)
-        request = {"do": "decode", "tokens": tokens[:DECODE_PROMPT], "new": DECODE_NEW}
+        request = {"do": "decode", "tokens": tokens[:DECODE_PROMPT], "new": DECODE_NEW, "margins": False}
         speeds = {"decode": rates(interleave(processes, options.repetitions, request), DECODE_NEW - 1)}
         peaks = {p.name: p.ask(do="memory")["peak_mib"] for p in processes}
         for size in PREFILLS:
@@ -424,8 +265,11 @@ def versions() -> dict[str, str]:
 
 def commit() -> dict[str, Any]:
     """The commit, and whether the tree differs from it."""
-    run = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)  # noqa: E731
-    return {"id": run("rev-parse", "HEAD").stdout.strip(), "changed": bool(run("status", "--porcelain").stdout.strip())}
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    return {"id": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
 
 
 def table(receipt: dict[str, Any]) -> str:
@@ -450,10 +294,6 @@ def named(text: str) -> tuple[str, Path]:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--worker"]:
-        kind, path, dtype, threads = sys.argv[2:]
-        worker(kind, path, dtype, int(threads))
-        return
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--checkpoint", type=Path, required=True, help="unquantized bfloat16 checkpoint")
     parser.add_argument("--engine", type=named, action="append", default=[], help="NAME=DIRECTORY, repeatable")

@@ -1,6 +1,6 @@
 """Perplexity and divergence of quantized CPU engines against their source model, as a receipt.
 
-    python scripts/measure_quality.py --text wikitext2_test.txt --checkpoint work/bf16 --engine int8=work/engine --name NAME
+    python scripts/measure_quality.py --text FILE --checkpoint work/bf16 --engine int8=work/engine --name NAME
 
 Protocol: windows of 512 tokens, not overlapping, no BOS, the first token of each window unscored, the first 32 windows.
 The reference is the checkpoint in plain torch with float32 activations.
