@@ -8,6 +8,7 @@ first: greedy text of a fixed prompt is compared with transformers in float32 be
 engine that differs where float32 is sure of its choice ends the run. transformers gets its fair best case: prefill is
 one forward pass with the cache on and logits for the last position only.
 
+The run ends when other processes use the machine, because memory-bound loops with barriers then slow down many times.
 The receipt (``scripts/receipts/cpu_NAME.json``) holds hardware, versions, commit, command, medians and every
 repetition. The transformers model is written from our own unquantized checkpoint, so the weights are the same.
 """
@@ -43,6 +44,8 @@ TIE = 0.5
 DECODE_PROMPT, DECODE_NEW = 128, 128
 PREFILLS = (128, 512, 1024)
 PAUSE_S = 0.2
+#: share of the cores that others may use while our processes wait; above it figures mean little
+BUSY = 0.1
 
 
 class Process:
@@ -167,6 +170,29 @@ def interleave(processes: Sequence[Process], repetitions: int, request: dict[str
     return seconds
 
 
+def foreign_load(seconds: float = 2.0) -> float:
+    """Share of all cores that is busy while our own processes wait (Linux counts it in /proc/stat)."""
+
+    def times() -> tuple[int, int]:
+        values = [int(value) for value in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        return sum(values), values[3] + values[4]  # idle and waiting for input or output
+
+    whole, idle = times()
+    time.sleep(seconds)
+    whole_after, idle_after = times()
+    return 1 - (idle_after - idle) / max(whole_after - whole, 1)
+
+
+def require_quiet(allow_busy: bool, seen: list[float]) -> None:
+    """Note what others use. SystemExit when it is too much to measure beside."""
+    seen.append(round(foreign_load(), 3))
+    if seen[-1] > BUSY and not allow_busy:
+        raise SystemExit(
+            f"other processes use {seen[-1]:.0%} of the cores: speeds measured now would be wrong\n"
+            "try: wait until they end; --allow-busy measures all the same and the receipt says so"
+        )
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -211,14 +237,18 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
                     process.close()
                 else:
                     processes.append(process)
+        busy: list[float] = []
+        require_quiet(options.allow_busy, busy)
         strict = [f"engine-{name}" for name, _ in options.engine if name in ("bf16", "bfloat16", "float32")]
         text = check_text(processes, options.checkpoint, strict)
         request = {"do": "decode", "tokens": tokens[:DECODE_PROMPT], "new": DECODE_NEW, "margins": False}
         speeds = {"decode": rates(interleave(processes, options.repetitions, request), DECODE_NEW - 1)}
         peaks = {p.name: p.ask(do="memory")["peak_mib"] for p in processes}
         for size in PREFILLS:
+            require_quiet(options.allow_busy, busy)
             found = interleave(processes, options.repetitions, {"do": "prefill", "tokens": tokens[:size]})
             speeds[f"prefill_{size}"] = rates(found, size)
+        require_quiet(options.allow_busy, busy)
         final = {p.name: p.ask(do="memory")["peak_mib"] for p in processes}
         imported = {p.name: p.loaded["imported_mib"] for p in processes}
     finally:
@@ -236,9 +266,10 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     }
     return {
         "what": f"prompt {DECODE_PROMPT} + {DECODE_NEW} new tokens, batch 1, greedy; tokens per second",
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": commit(),
         "hardware": {**hardware().model_dump(mode="json"), "read_gb_per_s": read_bandwidth(options.threads)},
+        "busy_elsewhere": busy,
         "threads": options.threads,
         "repetitions": options.repetitions,
         "versions": versions(),
@@ -302,6 +333,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--loads", type=int, default=3, help="fresh processes whose loading is timed")
+    parser.add_argument("--allow-busy", action="store_true", help="measure although others use the machine")
     parser.add_argument("--output", type=Path, default=ROOT / "scripts" / "receipts", help="folder of the receipt")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:

@@ -12,19 +12,29 @@ _INTERVAL_S = 0.005
 
 def peak_rss_mib() -> float:
     """Peak resident set of this process, mapped file pages included, in MiB."""
+    # not getrusage on Linux: a new process begins with the peak of the one that started it
+    own = _status("VmHWM")
+    if own is not None:
+        return own
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
 def anonymous_mib() -> float:
     """Resident memory now that is not mapped files, in MiB; where the system does not tell, the peak resident set."""
+    now = _status("RssAnon")
+    return peak_rss_mib() if now is None else now
+
+
+def _status(field: str) -> float | None:
+    """A memory field of this process in MiB, None where the system does not tell."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
+            if line.startswith(f"{field}:"):
                 return int(line.split()[1]) / 1024
     except (OSError, ValueError, IndexError):
         pass
-    return peak_rss_mib()
+    return None
 
 
 class MemoryWatch:

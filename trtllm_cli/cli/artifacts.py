@@ -29,6 +29,7 @@ def inspect_command(
 
     found = open_artifact(artifact)
     manifest = found.manifest
+    rows = _layers(manifest) if layers else []
     with Output(as_json) as out:
         out.line(f"{manifest.kind} {manifest.id}")
         out.line(f"made by {manifest.stage}, trtllm-cli {manifest.versions.get('trtllm-cli', '?')}")
@@ -47,8 +48,7 @@ def inspect_command(
         measured = found.path / MEASUREMENTS
         if measured.is_file():
             out.line(f"measured while writing: {', '.join(f'{k} {v}' for k, v in _read(measured).items())}")
-        if layers:
-            _layers(out, manifest)
+        out.table(["module", "type", "group", "relative error", "max error"], rows)
         out.result(manifest.model_dump(mode="json"))
 
 
@@ -103,14 +103,14 @@ def _lineage(out: Output, ancestor: Ancestor, depth: int) -> None:
         _lineage(out, parent, depth + 1)
 
 
-def _layers(out: Output, manifest: Manifest) -> None:
+def _layers(manifest: Manifest) -> list[list[str]]:
     from trtllm_cli.artifacts.schema import CheckpointBody, EngineBody
     from trtllm_cli.errors import UsageError
 
     body = manifest.body
     if not isinstance(body, (CheckpointBody, EngineBody)) or body.quantization is None:
         raise UsageError("OPTION_UNUSED", "--layers has no effect: the artifact is not quantized", "leave it out")
-    rows = [
+    return [
         [
             layer.module,
             layer.scheme.type,
@@ -120,7 +120,6 @@ def _layers(out: Output, manifest: Manifest) -> None:
         ]
         for layer in body.quantization.layers
     ]
-    out.table(["module", "type", "group", "relative error", "max error"], rows)
 
 
 def verify_command(

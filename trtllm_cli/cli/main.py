@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -12,7 +14,7 @@ import typer
 
 from trtllm_cli import __version__
 from trtllm_cli.cli import artifacts, build, convert, doctor, download, evaluate, pipeline, quantize, run
-from trtllm_cli.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UserError
+from trtllm_cli.errors import EXIT_BAD_INPUT, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UserError
 
 #: typer's parsing errors; newer versions carry their own copy of click, so click's class would not match
 _ParseError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -67,15 +69,21 @@ def _fail(code: str, message: str, hint: str, exit_code: int, as_json: bool) -> 
     return exit_code
 
 
+def _interrupted(as_json: bool) -> int:
+    return _fail("INTERRUPTED", "stopped by the user", "repeat the command: stages resume", EXIT_INTERRUPTED, as_json)
+
+
 def invoke(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code; errors are printed, nothing is raised (but with ``--debug``)."""
+    """Run one command line and return its exit code; errors are printed (with ``--debug`` their traceback before)."""
     debug, as_json = "--debug" in arguments, "--json" in arguments
     try:
         outcome = app(args=list(arguments), prog_name="trtllm-cli", standalone_mode=False)
+        if outcome == EXIT_INTERRUPTED:  # what newer versions of typer make of a KeyboardInterrupt
+            return _interrupted(as_json)
         return outcome if isinstance(outcome, int) else EXIT_OK
     except UserError as error:
         if debug:
-            raise
+            traceback.print_exc()
         return _fail(error.code, error.message, error.hint, error.exit_code, as_json)
     except _ParseError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -85,20 +93,25 @@ def invoke(arguments: Sequence[str]) -> int:
         message = error.format_message()  # type: ignore[attr-defined]
         return _fail("USAGE", message[:1].lower() + message[1:].rstrip("."), f"{command} --help", EXIT_USAGE, as_json)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail(
-            "INTERRUPTED", "stopped by the user", "repeat the command: stages resume", EXIT_INTERRUPTED, as_json
-        )
-    except BrokenPipeError:
-        # the reader of our output went away (such as `| head`); nothing is left to say to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _interrupted(as_json)
+    except (BrokenPipeError, SystemExit) as error:
+        # the reader of our output went away (such as `| head`), which typer turns into SystemExit
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return EXIT_OK
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+        return _fail("SYSTEM", what, "check the path and its permissions", EXIT_BAD_INPUT, as_json)
     except MemoryError:
         if debug:
-            raise
+            traceback.print_exc()
         return _fail("OUT_OF_MEMORY", "not enough memory", "a smaller --context or --concurrency", 5, as_json)
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         name = type(error).__name__
         return _fail(
             "INTERNAL", f"{name}: {error}", "repeat it with --debug and report the traceback", EXIT_INTERNAL, as_json
@@ -107,6 +120,9 @@ def invoke(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # paths may hold bytes that are not text, and a terminal may know fewer characters than a model
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(invoke(sys.argv[1:]))
 
 

@@ -104,4 +104,6 @@ class Output:
         """The machine-readable result: the last line on stdout with ``--json``."""
         self.stop_progress()
         if self.as_json:
-            print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+            # escapes where the terminal cannot show the text: what stands in for a character is not JSON
+            ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+            print(json.dumps(value, ensure_ascii=ascii_only, allow_nan=False), flush=True)

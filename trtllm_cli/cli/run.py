@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,8 +13,8 @@ from trtllm_cli.cli.output import Output
 if TYPE_CHECKING:
     from trtllm_cli.runtime.generate import Completion, Request
     from trtllm_cli.runtime.load import Loaded
-
-_PROMPT_KEYS = {"prompt", "messages", "max_new_tokens", "stop", "seed"}
+    from trtllm_cli.runtime.prompts import Prompt
+    from trtllm_cli.runtime.sampling import Sampling
 
 
 def command(
@@ -73,122 +72,88 @@ def command(
         )
     if system is not None and not chat:
         raise UsageError("OPTION_UNUSED", "--system has no effect without --chat", "add --chat")
+    stops = tuple(_text(text, "--stop") for text in stop or ())
+    if "" in stops:
+        raise UsageError("OPTION_INVALID", "run: --stop is empty, which would end every text at once", "leave it out")
+    if system is not None:
+        _text(system, "--system")
     rows = _rows(prompt or [], prompt_file)
     if stream and len(rows) > 1:
         raise UsageError("OPTION_UNUSED", f"--stream takes one prompt, {len(rows)} are given", "leave out --stream")
     with Output(as_json) as out:
         model = load_engine(engine, threads)
-        requests = [
-            _request(row, model, chat, system, sampling, max_new_tokens, tuple(stop or ()), ignore_eos) for row in rows
-        ]
+        requests = [_request(row, model, chat, system, sampling, max_new_tokens, stops, ignore_eos) for row in rows]
         completions = generate(
             model.executor, model.tokenizer, requests, (lambda _, text: out.piece(text)) if stream else None
         )
         if stream:
             out.line()
-        _print(out, rows, completions, stream)
+        _print(out, completions, stream)
         _summary(out, completions, model)
         if as_json:
             out.result({"completions": [one.model_dump() for one in completions], "load_s": model.load_seconds})
         model.executor.close()
 
 
-def _rows(prompts: list[str], file: Path | None) -> list[dict[str, Any]]:
-    from trtllm_cli.errors import BadInputError, UsageError
+def _rows(prompts: list[str], file: Path | None) -> list[Prompt]:
+    from trtllm_cli.errors import UsageError
+    from trtllm_cli.runtime.prompts import Prompt, read_prompts
 
-    rows: list[dict[str, Any]] = [{"prompt": text} for text in prompts]
+    rows = [Prompt(prompt=_text(text, "--prompt")) for text in prompts]
     if file is not None:
-        try:
-            lines = file.read_text("utf-8").splitlines()
-        except FileNotFoundError as error:
-            raise BadInputError("FILE_MISSING", f"{file} does not exist", "check --prompt-file") from error
-        except UnicodeDecodeError as error:
-            raise BadInputError("NOT_UTF8", f"{file} is not UTF-8 text ({error})", "save it as UTF-8") from error
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                rows.append(_row(line, f"{file}:{number}"))
+        rows += read_prompts(file)
     if not rows:
         raise UsageError("PROMPT_MISSING", "there is no prompt", "--prompt TEXT, or --prompt-file FILE.jsonl")
-    for text in prompts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            # bytes of the command line that are not UTF-8 arrive as lone surrogates
-            raise BadInputError("NOT_UTF8", "--prompt is not valid UTF-8", "use a UTF-8 terminal") from error
     return rows
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
+def _text(text: str, option: str) -> str:
     from trtllm_cli.errors import BadInputError
 
-    form = 'write {"prompt": "..."} or {"messages": [{"role": ..., "content": ...}]}'
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise BadInputError("PROMPT_FILE_INVALID", f"{where} is not JSON ({error})", form) from error
-    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row) or set(row) - _PROMPT_KEYS:
-        raise BadInputError(
-            "PROMPT_FILE_INVALID", f"{where} is not a prompt row (keys: {', '.join(sorted(_PROMPT_KEYS))})", form
-        )
-    messages = row.get("messages", [])
-    texts = [row["prompt"]] if "prompt" in row else [part for m in messages for part in _message(m, where, form)]
-    if not all(isinstance(text, str) for text in texts):
-        raise BadInputError("PROMPT_FILE_INVALID", f"{where}: prompt and messages hold text", form)
-    return row
-
-
-def _message(message: Any, where: str, form: str) -> list[Any]:
-    from trtllm_cli.errors import BadInputError
-
-    if not isinstance(message, dict) or set(message) != {"role", "content"}:
-        raise BadInputError("PROMPT_FILE_INVALID", f"{where}: a message has a role and a content", form)
-    return [message["role"], message["content"]]
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # bytes of the command line that are not UTF-8 arrive as lone surrogates
+        raise BadInputError("NOT_UTF8", f"{option} is not valid UTF-8", "use a UTF-8 terminal") from error
+    return text
 
 
 def _request(
-    row: dict[str, Any],
+    row: Prompt,
     model: Loaded,
     chat: bool,
     system: str | None,
-    sampling: Any,
+    sampling: Sampling,
     max_new_tokens: int,
     stop: tuple[str, ...],
     ignore_eos: bool,
 ) -> Request:
-    from pydantic import ValidationError
-
-    from trtllm_cli.artifacts.config import describe
-    from trtllm_cli.errors import BadInputError
     from trtllm_cli.runtime.generate import Request
 
-    messages = row.get("messages")
+    messages = None if row.messages is None else [message.model_dump() for message in row.messages]
     if messages is None and chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
-        messages.append({"role": "user", "content": row["prompt"]})
+        messages.append({"role": "user", "content": row.prompt or ""})
     if messages is not None:
         tokens = model.tokenizer.encode(model.tokenizer.chat(messages), special=False)
     else:
-        tokens = model.tokenizer.encode(row["prompt"])
-    own_stop = row.get("stop", stop)
-    try:
-        return Request(
-            tokens=tuple(tokens),
-            max_new_tokens=row.get("max_new_tokens", max_new_tokens),
-            sampling=sampling.model_validate({**sampling.model_dump(), "seed": row.get("seed", sampling.seed)}),
-            stop=(own_stop,) if isinstance(own_stop, str) else tuple(own_stop),
-            ignore_eos=ignore_eos,
-        )
-    except (ValidationError, TypeError) as error:
-        why = describe(error) if isinstance(error, ValidationError) else str(error)
-        raise BadInputError("PROMPT_FILE_INVALID", f"a prompt row is invalid: {why}", "see run --help") from error
+        tokens = model.tokenizer.encode(row.prompt or "")
+    own_stop = (row.stop,) if isinstance(row.stop, str) else row.stop
+    return Request(
+        tokens=tuple(tokens),
+        max_new_tokens=row.max_new_tokens or max_new_tokens,
+        sampling=sampling if row.seed is None else sampling.model_copy(update={"seed": row.seed}),
+        stop=stop if own_stop is None else own_stop,
+        ignore_eos=ignore_eos,
+    )
 
 
-def _print(out: Output, rows: list[dict[str, Any]], completions: list[Completion], streamed: bool) -> None:
+def _print(out: Output, completions: list[Completion], streamed: bool) -> None:
     if streamed:
         return
     for number, completion in enumerate(completions, 1):
         if len(completions) > 1:
-            out.line(f"--- {number} of {len(rows)} ({completion.finish_reason})")
+            out.line(f"--- {number} of {len(completions)} ({completion.finish_reason})")
         out.line(completion.text)
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 _LISTED = 10
-_CHUNK_ELEMENTS = 4 * 1024 * 1024
+_CHUNK_ELEMENTS = 1024 * 1024
 
 
 class ConvertOptions(StageOptions):

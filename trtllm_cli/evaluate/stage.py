@@ -142,7 +142,7 @@ def benchmark(
 def decode_weight_bytes(model: Loaded) -> int:
     """Bytes of weights one decode step reads: all of them, but for an embedding table that is not also the output.
 
-    Of that only one row a token is read. It is kept unquantized, in the model's own dtype.
+    Of that only one row a token is read. It is int8 with a float32 scale a row, or in the model's own dtype.
     """
     body = model.artifact.manifest.body
     if isinstance(body, EngineBody):
@@ -155,7 +155,10 @@ def decode_weight_bytes(model: Loaded) -> int:
         )
     if body.spec.tie_embeddings:
         return total
-    return total - body.spec.vocab_size * body.spec.hidden_size * (4 if body.dtype == "float32" else 2)
+    rows, width = body.spec.vocab_size, body.spec.hidden_size
+    if body.quantization is not None and any(layer.module == "embed" for layer in body.quantization.layers):
+        return total - rows * (width + 4)
+    return total - rows * width * (4 if body.dtype == "float32" else 2)
 
 
 def _score_text(

@@ -37,8 +37,9 @@ MethodName = Literal["int8-weight-only", "int4-weight-only"]
 class QuantizeOptions(StageOptions):
     """How to quantize. ``group_size`` and ``symmetric`` concern int4.
 
-    ``head`` (on: it is read for every token, and int8 rows cost no measurable quality) and ``embedding`` become int8
-    with a scale a row whatever the method. A tied matrix is both and follows either.
+    ``head`` (on, because it is read for every token; it adds a third to the divergence of int8 on SmolLM2 and nothing
+    to its perplexity) and ``embedding`` become int8 with a scale a row whatever the method. A tied matrix is both and
+    follows either.
     """
 
     method: MethodName

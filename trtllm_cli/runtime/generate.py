@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
@@ -25,7 +25,7 @@ class Request(Frozen):
     tokens: tuple[int, ...]
     max_new_tokens: int = Field(default=128, gt=0)
     sampling: Sampling = Sampling()
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     ignore_eos: bool = False
 
 
@@ -47,12 +47,12 @@ OnText = Callable[[int, str], None]
 class _Active:
     """A request in a slot."""
 
-    def __init__(self, index: int, request: Request, slot: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, index: int, request: Request, repeat: int, slot: int, tokenizer: Tokenizer) -> None:
         self.index = index
         self.request = request
         self.slot = slot
         self.tokens: list[int] = []
-        self.sampler = Sampler(request.sampling, index, request.tokens)
+        self.sampler = Sampler(request.sampling, repeat, request.tokens)
         self.stream = TextStream(tokenizer)
         self.text = ""
         self.emitted = 0
@@ -136,6 +136,7 @@ def generate(
     free = list(range(executor.slots))[::-1]
     active: list[_Active] = []
     done: dict[int, Completion] = {}
+    repeats: Counter[tuple[tuple[int, ...], int]] = Counter()
 
     def advance(one: _Active, logits: Logits) -> bool:
         reason = one.take(logits, eos, executor.context)
@@ -160,7 +161,9 @@ def generate(
     while waiting or active:
         while waiting and free:
             index, request = waiting.popleft()
-            one = _Active(index, request, free.pop(), tokenizer)
+            what = (request.tokens, request.sampling.seed)
+            one = _Active(index, request, repeats[what], free.pop(), tokenizer)
+            repeats[what] += 1
             prompt = np.asarray(request.tokens, np.int32)
             if advance(one, executor.forward([Segment(one.slot, 0, prompt)])[0]):
                 active.append(one)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from trtllm_cli.errors import BadInputError
 from trtllm_cli.models.spec import Frozen
 
 
@@ -23,28 +24,35 @@ class Sampling(Frozen):
     already seen (Keskar et al., 2019).
     """
 
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0)
+    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0)
 
 
 class Sampler:
     """The state of one request: its random stream and the tokens it has seen.
 
-    The stream depends on (seed, index of the request) alone, so a request gets the same text in any batch.
+    The stream depends on (seed, ``repeat``) alone, so a request gets the same text in any batch; ``repeat`` counts the
+    equal requests before it, which are to get other texts.
     """
 
-    def __init__(self, sampling: Sampling, index: int, prompt: Sequence[int]) -> None:
+    def __init__(self, sampling: Sampling, repeat: int, prompt: Sequence[int]) -> None:
         self._sampling = sampling
-        self._random = np.random.Generator(np.random.Philox(np.random.SeedSequence([sampling.seed, index])))
+        self._random = np.random.Generator(np.random.Philox(np.random.SeedSequence([sampling.seed, repeat])))
         self._seen = set(prompt)
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token id for float32 logits [vocab]."""
+        """The next token id for float32 logits [vocab]. Raises BadInputError when the model made NaN or infinity."""
         s = self._sampling
+        if not np.isfinite(logits.max()):  # a NaN anywhere is the maximum
+            raise BadInputError(
+                "LOGITS_NOT_FINITE",
+                "the model's logits hold NaN or infinity",
+                "trtllm-cli verify the engine; build it with --cache float32 --products float32",
+            )
         if s.repetition_penalty != 1.0:
             logits = logits.copy()
             ids = np.fromiter(self._seen, np.int64, len(self._seen))
@@ -63,12 +71,14 @@ class Sampler:
 
 def filtered(logits: NDArray[np.float32], s: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """(token ids that survive temperature, top-k, top-p and min-p; their probabilities, summing to 1)."""
-    scaled = logits.astype(np.float64) / s.temperature
+    scaled = logits.astype(np.float64)
+    with np.errstate(over="ignore"):
+        scaled = (scaled - scaled.max()) / s.temperature  # at most 0, so that a tiny temperature ends in -inf, not NaN
     ids = np.arange(len(scaled))
     if 0 < s.top_k < len(scaled):
         # a threshold instead of a partition keeps ties of the last place, as transformers does
         ids = np.flatnonzero(scaled >= np.partition(scaled, -s.top_k)[-s.top_k])
-    weights = np.exp(scaled[ids] - scaled.max())
+    weights = np.exp(scaled[ids])
     weights /= weights.sum()
     if s.top_p < 1:
         # all tokens below (1-p)/n together weigh less than 1-p, so none of them is in the nucleus: sort the others only

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from trtllm_cli.artifacts.schema import TokenizerInfo
 from trtllm_cli.errors import BadInputError, UnsupportedError
@@ -50,31 +48,14 @@ class Tokenizer:
             raise UnsupportedError(
                 "NO_CHAT_TEMPLATE", "this model carries no chat template", "leave out --chat and give the whole prompt"
             )
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from trtllm_cli.runtime.template import render
 
-        def fail(message: str) -> None:
-            raise TemplateError(message)
-
-        def to_json(value: Any, indent: int | None = None) -> str:
-            return json.dumps(value, ensure_ascii=False, indent=indent)
-
-        # the sandbox keeps a downloaded template from reaching anything but its arguments
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.globals["raise_exception"] = fail
-        environment.filters["tojson"] = to_json
-        try:
-            return environment.from_string(self._template).render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=True,
-                bos_token=self.info.bos_token or "",
-                eos_token=self.info.eos_token or "",
-            )
-        except TemplateError as error:
-            raise BadInputError(
-                "CHAT_TEMPLATE_FAILED", f"the model's chat template refused the messages: {error}", "run without --chat"
-            ) from error
+        return render(
+            self._template,
+            messages=[dict(message) for message in messages],
+            bos_token=self.info.bos_token or "",
+            eos_token=self.info.eos_token or "",
+        )
 
 
 class TextStream:
