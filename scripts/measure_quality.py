@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench_cpu import commit
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -62,14 +64,11 @@ def main() -> int:
             f"| {name} | {mib:.0f} | {found['subject_perplexity']:.3f} | {found['mean']:.5f} | "
             f"{100 * found['top1_agreement']:.2f} % |"
         )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     reference = open_artifact(options.reference)
     receipt = {
         "what": "perplexity and KL divergence from the unquantized model in float32 arithmetic",
-        "command": shlex.join(
-            [Path(sys.executable).name, "scripts/measure_quality.py", "--windows", str(options.windows)]
-        ),
-        "commit": commit.stdout.strip(),
+        "command": shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": commit(),
         "hardware": hardware().model_dump(mode="json"),
         "reference": {"id": reference.id, "kind": reference.kind},
         "engines": rows,

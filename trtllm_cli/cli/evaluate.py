@@ -89,8 +89,8 @@ def eval_command(
             limit=limit,
         )
         width = options.options.context + 1
-        subject = load_any(model, threads, width)
-        reference = load_any(against, threads, width) if against is not None else None
+        subject = load_any(out, model, threads, width)
+        reference = load_any(out, against, threads, width) if against is not None else None
         found = evaluate(
             subject,
             options,
@@ -146,7 +146,7 @@ def bench_command(
             bandwidth=bandwidth,
         )
         found = benchmark(
-            load_any(engine, threads, options.options.prompt_tokens + options.options.new_tokens),
+            load_any(out, engine, threads, options.options.prompt_tokens + options.options.new_tokens),
             options,
             output=output,
             force=force,
@@ -155,14 +155,18 @@ def bench_command(
         _finish(out, found)
 
 
-def load_any(path: Path, threads: int | None, context: int) -> Loaded:
+def load_any(out: Output, path: Path, threads: int | None, context: int) -> Loaded:
     """An engine, or a checkpoint through the reference executor with room for ``context`` tokens."""
     from trtllm_cli.artifacts.store import read_manifest
-    from trtllm_cli.runtime.load import load_checkpoint, load_engine
+    from trtllm_cli.runtime.load import load_checkpoint, load_engine, shortfall
 
     if read_manifest(path).kind == "checkpoint":
         return load_checkpoint(path, context, threads)
-    return load_engine(path, threads)
+    model = load_engine(path, threads)
+    note = shortfall(model)
+    if note is not None:
+        out.say(note)
+    return model
 
 
 def _finish(out: Output, found: Artifact | tuple[Result, ...]) -> tuple[Result, ...]:

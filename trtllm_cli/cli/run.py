@@ -52,7 +52,7 @@ def command(
     from trtllm_cli.artifacts.config import describe
     from trtllm_cli.errors import UsageError
     from trtllm_cli.runtime.generate import generate
-    from trtllm_cli.runtime.load import load_engine
+    from trtllm_cli.runtime.load import load_engine, shortfall
     from trtllm_cli.runtime.sampling import Sampling
 
     try:
@@ -82,6 +82,9 @@ def command(
         raise UsageError("OPTION_UNUSED", f"--stream takes one prompt, {len(rows)} are given", "leave out --stream")
     with Output(as_json) as out:
         model = load_engine(engine, threads)
+        note = shortfall(model)
+        if note is not None:
+            out.say(note)
         requests = [_request(row, model, chat, system, sampling, max_new_tokens, stops, ignore_eos) for row in rows]
         completions = generate(
             model.executor, model.tokenizer, requests, (lambda _, text: out.piece(text)) if stream else None

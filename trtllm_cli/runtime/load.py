@@ -68,6 +68,17 @@ def load_checkpoint(path: Path, context: int, threads: int | None = None, slots:
     return Loaded(_name(artifact), artifact, executor, tokenizer, time.perf_counter() - started)
 
 
+def shortfall(model: Loaded) -> str | None:
+    """What this machine does otherwise than the engine was built for, in a sentence; None where nothing."""
+    body = model.artifact.manifest.body
+    if not isinstance(body, EngineBody) or body.executor != "native":
+        return None
+    built, used = body.tactics.get("products"), model.executor.describe()["products"]
+    if built == used:
+        return None
+    return f"note: this processor has no {built} products; prefill computes in {used}, slower and more exact"
+
+
 def _name(artifact: Artifact) -> str:
     return artifact.path.resolve().name
 

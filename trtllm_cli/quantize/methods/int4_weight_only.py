@@ -1,7 +1,8 @@
 """INT4 weight-only in groups of consecutive inputs, round to nearest.
 
 Symmetric: scale = max|w| / 7 over the group, value = clamp(round(w / scale), -8, 7) + 8. (Dividing by 7.5, which uses
-all sixteen codes but clips the largest magnitude, has the smaller squared error and measured the worse perplexity.)
+all sixteen codes but clips the largest magnitude, has the smaller squared error and measured the worse perplexity on
+SmolLM2: 42.9 against 41.0.)
 Asymmetric: scale = (max - min) / 15 with the range widened to hold zero, zero = round(-min / scale),
 value = clamp(round(w / scale) + zero, 0, 15).
 Scales are rounded to float16 first and the values computed against the rounded scale. An all-zero group gets scale 1.
