@@ -204,7 +204,7 @@ def test_version_0_migrates(text_checkpoint, tmp_path):
 
 def test_a_newer_version_says_upgrade(text_source, tmp_path):
     path = copy_of(text_source, tmp_path / "new")
-    (path / MANIFEST).write_text(json.dumps({**manifest_data(text_source), "schema_version": 2}))
+    (path / MANIFEST).write_text(json.dumps({**manifest_data(text_source), "schema_version": 3}))
     with raises("SCHEMA_NEWER", 3, "2") as caught:
         open_artifact(path)
     assert "upgrade" in caught.value.hint

@@ -28,6 +28,11 @@ class StateDict:
     def has(self, name: str) -> bool:
         return name in self.tensors
 
+    kv_cache = None
+
+    def input_quantizer(self, module: str) -> None:
+        return None
+
 
 def load(case: str, slots: int = 3, context: int = 64):
     model = tiny_model(case)

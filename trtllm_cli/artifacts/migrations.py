@@ -20,7 +20,12 @@ def _from_0(data: dict[str, Any]) -> dict[str, Any]:
     return {"environment": {}, **data, "config": config, "schema_version": 1}
 
 
-_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {0: _from_0}
+def _from_1(data: dict[str, Any]) -> dict[str, Any]:
+    # no checkpoint of version 1 was calibrated; everything version 2 adds has a default
+    return {**data, "schema_version": 2}
+
+
+_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {0: _from_0, 1: _from_1}
 
 
 def migrate(data: dict[str, Any], where: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from trtllm_cli.artifacts.results import Result
 from trtllm_cli.models.spec import DecoderSpec, Frozen
 
 #: Version of the manifest schema this code writes. Older ones migrate (:mod:`trtllm_cli.artifacts.migrations`).
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Kind = Literal["source", "checkpoint", "engine", "report"]
 Origin = Literal["default", "preset", "file", "command line", "derived"]
@@ -89,28 +89,65 @@ class TokenizerInfo(Frozen):
 
 
 class WeightScheme(Frozen):
-    """How the weight of one linear is stored.
+    """How the weight of one linear is stored, beside the tensor itself in sibling tensors.
 
-    ``int8``: two's complement [N, K], one scale per output channel. ``int4``: two per byte, element 0 in the low
-    nibble, values 0..15 standing for ``value - zero`` (``zero`` is 8 where symmetric), one scale and zero per
-    ``group_size`` consecutive inputs of a row (-1: the whole row).
+    ``int8``: two's complement ``weight`` [N, K]. ``fp8``: E4M3 (finite, without infinities) ``weight`` [N, K]. Both
+    have ``weight_scale`` float32, [N] per output channel or [1] per tensor. ``int4``: ``weight`` uint8 [N, K/2], two
+    values a byte, element 0 in the low nibble, 0..15 standing for ``value - zero`` (``zero`` is 8 where symmetric);
+    ``weight_scale`` (and ``weight_zero`` uint8 where asymmetric) [N, G], one a group of ``group_size`` consecutive
+    inputs of a row (-1: the whole row). With ``group_index`` the groups are not consecutive: ``weight_group`` int32
+    [K] names each input's group (GPTQ's act-order with groups made in that order).
     """
 
-    type: Literal["int8", "int4"]
-    granularity: Literal["channel", "group"]
+    type: Literal["int8", "int4", "fp8"]
+    granularity: Literal["tensor", "channel", "group"]
     group_size: int | None = None
     symmetric: bool = True
     scale_dtype: Literal["float32", "float16"] = "float32"
+    group_index: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> WeightScheme:
+        if (self.type == "int4") != (self.granularity == "group"):
+            raise ValueError(f"{self.type} weights do not have one scale per {self.granularity}")
+        if self.type != "int4" and (not self.symmetric or self.group_index):
+            raise ValueError(f"{self.type} weights have neither zero points nor a group index")
+        return self
 
     @property
     def bits(self) -> int:
-        return 8 if self.type == "int8" else 4
+        return 4 if self.type == "int4" else 8
+
+
+class ActivationScheme(Frozen):
+    """How the input of a quantized linear is quantized at run time; with int8 or fp8 weights of the same type.
+
+    ``token``: each token has its own scale, max|x| / 127 (int8) or / 448 (fp8, E4M3), computed at run time. ``tensor``:
+    one scale for all, calibrated, in ``input_scale`` float32 [1]; values beyond it saturate. A product is the integer
+    (or float32) sum over quantized values, times both scales.
+    """
+
+    type: Literal["int8", "fp8"]
+    granularity: Literal["token", "tensor"]
+
+
+class KvCacheScheme(Frozen):
+    """How keys (after rotary) and values are kept: ``layers.{i}.attn.k_scale`` and ``.v_scale``, float32 [kv_heads].
+
+    Per ``tensor`` every head has the same scale. int8 saturates at -127..127, fp8 (E4M3) at 448 times the scale.
+    """
+
+    type: Literal["int8", "fp8"]
+    granularity: Literal["head", "tensor"]
 
 
 class LayerQuantization(Frozen):
     """One quantized module: its scheme and the error measured on its weight, relative to the weight's own norm.
 
-    ``relative_error`` is ||W - dequantized|| / ||W|| (Frobenius), ``max_error`` the largest absolute difference.
+    ``relative_error`` is ||W - dequantized|| / ||W|| (Frobenius), ``max_error`` the largest absolute difference; where
+    a method moved scale between W and what precedes it, W is the moved weight. ``output_error`` is ||Y - Y'|| / ||Y||
+    over the calibration tokens, Y the module's unquantized output for the same input. ``method`` is what made it (a
+    module can differ from the rest), ``parameters`` what that method decided (alpha, damping).
     """
 
     module: str
@@ -118,14 +155,25 @@ class LayerQuantization(Frozen):
     relative_error: float
     max_error: float
     note: str | None = None
+    activation: ActivationScheme | None = None
+    method: str | None = None
+    output_error: float | None = None
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 class CalibrationRecord(Frozen):
-    """The data a calibrated method saw."""
+    """The data a calibrated method saw: ``rows`` windows of ``length`` tokens; ``digest`` is over the token ids.
 
+    ``source`` names it (``builtin``, ``text``, ``jsonl``, ``hub:...``); ``seed`` is None where rows were taken in
+    order.
+    """
+
+    source: str
     digest: Sha256
     rows: int
+    length: int
     tokens: int
+    seed: int | None = None
 
 
 class QuantizationRecord(Frozen):
@@ -136,6 +184,8 @@ class QuantizationRecord(Frozen):
     layers: tuple[LayerQuantization, ...]
     bits_per_weight: float
     calibration: CalibrationRecord | None = None
+    kv_cache: KvCacheScheme | None = None
+    provider: str = "trtllm-cli"
 
 
 class CheckpointBody(Frozen):
@@ -201,7 +251,7 @@ Body = Annotated[Union[SourceBody, CheckpointBody, EngineBody, ReportBody], Fiel
 class Manifest(Frozen):
     """``manifest.json``. ``id`` is a sha256 over what determines the content (:mod:`trtllm_cli.artifacts.identity`)."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     kind: Kind
     id: Sha256
     stage: str

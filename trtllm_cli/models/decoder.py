@@ -22,6 +22,27 @@ def attention_spec(spec: DecoderSpec, layer: int) -> AttentionSpec:
     )
 
 
+def attend(
+    ops: Ops[T], spec: DecoderSpec, layer: int, x: T, cache: KvCache[T], positions: T, starts: T
+) -> tuple[T, KvCache[T]]:
+    """From a layer's normalised input to what its output projection takes: q, k, v and self-attention."""
+    p = f"layers.{layer}.attn"
+    q, k, v = ops.linears(x, (f"{p}.q", f"{p}.k", f"{p}.v"))
+    qk_norm = (f"{p}.q_norm", f"{p}.k_norm", spec.norm) if spec.qk_norm else None
+    return ops.self_attention(q, k, v, cache, positions, starts, attention_spec(spec, layer), qk_norm)
+
+
+def feed(ops: Ops[T], spec: DecoderSpec, layer: int, x: T) -> T:
+    """From a layer's second normalised input to what its down projection takes: the gated activation."""
+    gate, up = ops.linears(x, (f"layers.{layer}.mlp.gate", f"layers.{layer}.mlp.up"))
+    return ops.gated(gate, up, spec.activation)
+
+
+def head(spec: DecoderSpec) -> str:
+    """The module that makes logits: the embedding itself where the two are tied."""
+    return "embed" if spec.tie_embeddings else "lm_head"
+
+
 def decoder(ops: Ops[T], spec: DecoderSpec, inputs: DecoderInputs[T]) -> DecoderOutputs[T]:
     """Token ids to logits. See :class:`DecoderInputs` for shapes."""
     positions = ops.positions(inputs.token_ids, inputs.starts)
@@ -30,18 +51,12 @@ def decoder(ops: Ops[T], spec: DecoderSpec, inputs: DecoderInputs[T]) -> Decoder
     caches: list[KvCache[T]] = []
     for layer, cache in enumerate(inputs.caches):
         p = f"layers.{layer}"
-        q, k, v = ops.linears(x, (f"{p}.attn.q", f"{p}.attn.k", f"{p}.attn.v"))
-        qk_norm = (f"{p}.attn.q_norm", f"{p}.attn.k_norm", spec.norm) if spec.qk_norm else None
-        attended, cache = ops.self_attention(
-            q, k, v, cache, positions, inputs.starts, attention_spec(spec, layer), qk_norm
-        )
+        attended, cache = attend(ops, spec, layer, x, cache, positions, inputs.starts)
         caches.append(cache)
         residual, x = ops.add_norm(residual, ops.linear(attended, f"{p}.attn.o"), f"{p}.mlp_norm", spec.norm)
-        gate, up = ops.linears(x, (f"{p}.mlp.gate", f"{p}.mlp.up"))
-        mlp = ops.linear(ops.gated(gate, up, spec.activation), f"{p}.mlp.down")
+        mlp = ops.linear(feed(ops, spec, layer, x), f"{p}.mlp.down")
         after = "norm" if layer + 1 == spec.num_layers else f"layers.{layer + 1}.attn_norm"
         residual, x = ops.add_norm(residual, mlp, after, spec.norm)
     if inputs.last is not None:
         x = ops.gather_last(x, inputs.last)
-    head = "embed" if spec.tie_embeddings else "lm_head"
-    return DecoderOutputs(ops.linear(x, head), tuple(caches))
+    return DecoderOutputs(ops.linear(x, head(spec)), tuple(caches))

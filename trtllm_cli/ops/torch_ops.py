@@ -7,15 +7,19 @@ do. Caches are updated in place: the handles returned are the ones given.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trtllm_cli.artifacts.schema import KvCacheScheme
 from trtllm_cli.models.rotary import tables
 from trtllm_cli.models.spec import NormSpec, RotarySpec
+from trtllm_cli.models.weights import InputQuantizer
 from trtllm_cli.ops.api import AttentionSpec, KvCache, Ops
+from trtllm_cli.ops.quantized import kv_round_trip, quantize_activation
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -25,13 +29,36 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Weights(Protocol):
-    """Where the executor finds weights: dense tensors in the compute dtype by canonical name."""
+    """Where the executor finds weights: dense tensors in the compute dtype by canonical name.
+
+    ``kv_cache`` says how keys and values are kept (None: as they are), with ``kv_scales`` float32 [kv_heads] each.
+    """
+
+    kv_cache: KvCacheScheme | None
+
+    def kv_scales(self, layer: int) -> tuple[Tensor, Tensor]: ...
 
     def dense(self, name: str) -> Tensor:
         """The tensor ``name``, dequantized where it is stored quantized."""
         ...
 
     def has(self, name: str) -> bool: ...
+
+    def input_quantizer(self, module: str) -> InputQuantizer | None:
+        """How the input of a linear is quantized, None where it is not."""
+        ...
+
+
+@dataclass(frozen=True)
+class QuantizedKvCache(KvCache[Tensor]):
+    """A cache that holds what quantized keys and values stand for: rounded when written, floats in memory.
+
+    ``k_scale`` and ``v_scale`` are float32 [kv_heads].
+    """
+
+    scheme: KvCacheScheme
+    k_scale: Tensor
+    v_scale: Tensor
 
 
 class TorchOps(Ops[Tensor]):
@@ -50,7 +77,13 @@ class TorchOps(Ops[Tensor]):
 
     def linear(self, x: Tensor, module: str) -> Tensor:
         bias = self._weights.dense(f"{module}.bias") if self._weights.has(f"{module}.bias") else None
-        return F.linear(x, self._weights.dense(f"{module}.weight"), bias)
+        quantizer = self._weights.input_quantizer(module)
+        if quantizer is None:
+            return F.linear(x, self._weights.dense(f"{module}.weight"), bias)
+        # the weight carries its scales, so that this is (sum of products) * both scales up to float32 rounding
+        values, scales = quantize_activation(x, quantizer.scheme.type, quantizer.scale)
+        product = F.linear(values, self._weights.dense(f"{module}.weight").float()) * scales
+        return (product if bias is None else product + bias.float()).to(x.dtype)
 
     def norm(self, x: Tensor, module: str, spec: NormSpec) -> Tensor:
         wide = x.float()
@@ -82,6 +115,9 @@ class TorchOps(Ops[Tensor]):
         return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], -1)
 
     def cache_update(self, cache: KvCache[Tensor], k: Tensor, v: Tensor, starts: Tensor) -> KvCache[Tensor]:
+        if isinstance(cache, QuantizedKvCache):
+            k = kv_round_trip(k, cache.scheme.type, cache.k_scale)
+            v = kv_round_trip(v, cache.scheme.type, cache.v_scale)
         batch, _, new, _ = k.shape
         capacity = cache.k.shape[2]
         for b in range(batch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,20 @@ from trtllm_cli.models.decoder import decoder
 from trtllm_cli.models.spec import DecoderSpec
 from trtllm_cli.ops.api import DecoderInputs, KvCache
 from trtllm_cli.ops.segment import Logits, Segment
-from trtllm_cli.ops.torch_ops import TorchOps, Weights
+from trtllm_cli.ops.torch_ops import QuantizedKvCache, TorchOps, Weights
 
 
 class TorchExecutor:
     """``slots`` sequences of up to ``context`` positions, computed and cached in ``dtype``."""
 
     def __init__(
-        self, spec: DecoderSpec, weights: Weights, context: int, slots: int, dtype: torch.dtype, threads: int | None
+        self,
+        spec: DecoderSpec,
+        weights: Weights,
+        context: int,
+        slots: int,
+        dtype: torch.dtype,
+        threads: int | None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -30,9 +37,14 @@ class TorchExecutor:
         self._spec = spec
         self._ops = TorchOps(weights, context)
         shape = (slots, spec.num_kv_heads, context, spec.head_dim)
-        self._caches = tuple(
-            KvCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(spec.num_layers)
-        )
+
+        def cache(layer: int) -> KvCache[torch.Tensor]:
+            k, v = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+            if weights.kv_cache is None:
+                return KvCache(k, v)
+            return QuantizedKvCache(k, v, weights.kv_cache, *weights.kv_scales(layer))
+
+        self._caches = tuple(cache(layer) for layer in range(spec.num_layers))
 
     def forward(self, segments: Sequence[Segment]) -> Logits:
         """See :class:`trtllm_cli.runtime.executor.Executor`."""
@@ -79,7 +91,7 @@ class TorchExecutor:
             token_ids=ids,
             starts=torch.tensor([segment.start for segment in segments]),
             last=None if everything else last,
-            caches=tuple(KvCache(cache.k[view], cache.v[view]) for cache in self._caches),
+            caches=tuple(replace(cache, k=cache.k[view], v=cache.v[view]) for cache in self._caches),
         )
         logits = decoder(self._ops, self._spec, inputs).logits
         rows = []
