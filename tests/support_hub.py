@@ -35,6 +35,7 @@ class Hub:
 
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
+    datasets: dict[str, Repo] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     #: file name -> absolute position after which the connection breaks
     break_at: dict[str, int] = field(default_factory=dict)
@@ -50,6 +51,10 @@ class Hub:
     def add(self, name: str, files: dict[str, bytes], **settings: object) -> Repo:
         self.repos[name] = Repo({MAIN_COMMIT: files}, **settings)  # type: ignore[arg-type]
         return self.repos[name]
+
+    def add_dataset(self, name: str, files: dict[str, bytes], **settings: object) -> Repo:
+        self.datasets[name] = Repo({MAIN_COMMIT: files}, **settings)  # type: ignore[arg-type]
+        return self.datasets[name]
 
     def fetched(self) -> set[str]:
         """Names of the files whose content was sent."""
@@ -76,18 +81,21 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.status is not None:
             return self._error(self.hub.status, "Unavailable")
         parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"] and len(parts) >= 4:
-            repo = self._repo("/".join(parts[2:4]))
+        repos = self.hub.datasets if "datasets" in parts[:2] else self.hub.repos
+        if parts[:1] == ["datasets"]:
+            parts = parts[1:]
+        if parts[:2] in (["api", "models"], ["api", "datasets"]) and len(parts) >= 4:
+            repo = self._repo(repos, "/".join(parts[2:4]))
             if repo is None:
                 return None
             return self._info("/".join(parts[2:4]), repo, parts[5] if len(parts) > 5 else "main")
         if len(parts) >= 5 and parts[2] == "resolve":
-            repo = self._repo("/".join(parts[:2]))
+            repo = self._repo(repos, "/".join(parts[:2]))
             return None if repo is None else self._file(repo, parts[3], "/".join(parts[4:]), body)
         return self._error(404, "EntryNotFound")
 
-    def _repo(self, name: str) -> Repo | None:
-        repo = self.hub.repos.get(name)
+    def _repo(self, repos: dict[str, Repo], name: str) -> Repo | None:
+        repo = repos.get(name)
         if repo is None:
             self._error(404, "RepoNotFound")
         elif repo.gated:

@@ -137,10 +137,10 @@ CONFIG_ERRORS = {
         ["model_type 'llama'"],
     ),
     "quantized": (
-        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        "ALREADY_QUANTIZED",
+        {"quantization_config": {"quant_method": "aqlm", "bits": 4}},
+        "QUANTIZATION_UNSUPPORTED",
         4,
-        ["gptq"],
+        ["aqlm", "gptq, awq, compressed-tensors and modelopt"],
     ),
     "incomplete": ({"hidden_size": ...}, "CONFIG_INCOMPLETE", 3, ["hidden_size"]),
     "activation": ({"hidden_act": "relu"}, "MODEL_FEATURE_UNSUPPORTED", 4, ["relu"]),

@@ -15,7 +15,7 @@ from trtllm_cli.ops.native.packing import PackedModule, pack_module, pack_vector
 
 pytestmark = pytest.mark.skipif(library.find_problem() is not None, reason=str(library.find_problem()))
 
-FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
+FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "fp8": 5, "int8_dot": 6}
 GEMV, GEMM_FLOAT, GEMM_BF16, GEMV_SPLIT = 0, 1, 2, 3
 Array = NDArray[Any]
 

@@ -28,7 +28,8 @@ from trtllm_cli.artifacts.store import open_artifact
 from trtllm_cli.artifacts.tensors import INDEX, TensorStore
 from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.models.weights import CheckpointWeights
-from trtllm_cli.quantize import methods, stage
+from trtllm_cli.quantize import methods, writing
+from trtllm_cli.quantize.options import QuantizeOptions
 from trtllm_cli.quantize.selection import Choice, Override, select
 
 HALF_MIN = float(np.finfo(np.float16).smallest_normal)
@@ -84,7 +85,7 @@ def agree(ours: np.ndarray, theirs: np.ndarray, quotient: np.ndarray) -> None:
 def quantized(name: str, w: np.ndarray, group: int = 64, symmetric: bool = True):
     method = methods.method(name)
     scheme, note = method.scheme(w.shape[1], group, symmetric)
-    made, record = stage.quantize_weight(torch.from_numpy(w), Choice("m", name, scheme, note))
+    made, record = writing.quantize_weight(torch.from_numpy(w), Choice("m", name, name, scheme, None, note))
     declared = method.tensors(scheme, *w.shape)
     assert {suffix: tuple(tensor.shape) for suffix, tensor in made.items()} == {s: t[1] for s, t in declared.items()}
     return made, record, scheme
@@ -184,7 +185,7 @@ def test_int4_is_off_by_half_a_step_at_most(w, symmetric, group):
 def test_blocks_of_rows_leave_no_seam(monkeypatch):
     w = weights(9)
     whole = quantized("int4-weight-only", w, 32, False)
-    monkeypatch.setattr(stage, "_BLOCK_ELEMENTS", 300)
+    monkeypatch.setattr(writing, "_BLOCK_ELEMENTS", 300)
     parts = quantized("int4-weight-only", w, 32, False)
     for suffix in whole[0]:
         assert torch.equal(whole[0][suffix], parts[0][suffix])
@@ -281,7 +282,7 @@ def test_overrides_apply_in_order(text_checkpoint, tmp_path):
 )
 def test_embedding_and_head(text_checkpoint, options, modules):
     values = {"embedding": False, "head": False, "overrides": (), **options}
-    picked = select(text_checkpoint.checkpoint.spec, "int4-weight-only", 64, True, **values)
+    picked = select(text_checkpoint.checkpoint.spec, QuantizeOptions(method="int4-weight-only", **values))
     assert {"embed", "lm_head"} & set(picked) == modules
     assert all(picked[module].scheme.type == "int8" for module in modules)
 

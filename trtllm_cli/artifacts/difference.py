@@ -71,7 +71,8 @@ def _quantization(manifest: Manifest) -> dict[str, Any]:
     for layer in record.layers:
         group = f" g{layer.scheme.group_size}" if layer.scheme.group_size else ""
         form = "" if layer.scheme.symmetric else " asymmetric"
-        facts[layer.module] = f"{layer.scheme.type}{group}{form}, relative error {layer.relative_error:.5f}"
+        error = "unknown" if layer.relative_error is None else f"{layer.relative_error:.5f}"
+        facts[layer.module] = f"{layer.scheme.type}{group}{form}, relative error {error}"
     return facts
 
 
@@ -86,6 +87,8 @@ def _quality(manifest: Manifest) -> dict[str, Any]:
             facts[f"KL divergence ({_protocol(result.protocol.model_dump())})"] = round(result.mean, 6)
         elif result.type == "task":
             facts[f"{result.name} ({result.tasks} tasks)"] = round(result.accuracy, 4)
+        elif result.type == "blame":
+            facts[f"KL divergence of all parts ({_protocol(result.protocol.model_dump())})"] = round(result.together, 6)
         else:
             facts[f"decode tokens/s (batch {result.batch})"] = round(result.decode_tokens_per_s, 1)
     return facts

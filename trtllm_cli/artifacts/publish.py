@@ -28,7 +28,14 @@ from trtllm_cli.artifacts.identity import content_id, sha256_file
 from trtllm_cli.artifacts.memory import peak_rss_mib
 from trtllm_cli.artifacts.schema import Body, FileEntry, Kind, Manifest
 from trtllm_cli.artifacts.store import MANIFEST, MEASUREMENTS, Artifact, open_artifact, read_manifest
-from trtllm_cli.errors import BadInputError, DoesNotFitError, UnsupportedError, UsageError, UserError
+from trtllm_cli.errors import (
+    BadInputError,
+    DoesNotFitError,
+    QualityGateError,
+    UnsupportedError,
+    UsageError,
+    UserError,
+)
 
 _STATE = ".stage.json"
 
@@ -181,7 +188,7 @@ def publish(output: Path, request: Request, *, force: bool = False) -> Iterator[
                 _prepare(workspace, force)
             try:
                 yield workspace
-            except (UsageError, BadInputError, UnsupportedError):
+            except (UsageError, BadInputError, UnsupportedError, QualityGateError):
                 # work on artifacts is refused the same way every time: nothing to resume, and what was begun would
                 # stand in the way of the corrected command (a download has no parents, and its transfer goes on)
                 if request.parents:

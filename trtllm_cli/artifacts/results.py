@@ -103,4 +103,37 @@ class BenchResult(Frozen):
     peak_rss_mib: float
 
 
-Result = Annotated[Union[PerplexityResult, DivergenceResult, TaskResult, BenchResult], Field(discriminator="type")]
+class BlameEntry(Frozen):
+    """What one part of a quantized model costs when everything else stays the source's, in nats per position.
+
+    ``name`` is the part, ``modules`` what was exchanged with it (norms and partners into which scale was moved, too),
+    ``layer`` its decoder layer, None outside them.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    layer: int | None
+    divergence: float
+    top1_agreement: float
+
+
+class BlameResult(Frozen):
+    """KL(source || source with one part quantized), part by part and layer by layer, both sorted, largest first.
+
+    ``together`` is everything quantized at once, on the same positions and in the same float32 arithmetic; costs add up
+    to about that where they are small. See :mod:`trtllm_cli.evaluate.blame`.
+    """
+
+    type: Literal["blame"] = "blame"
+    protocol: TextProtocol
+    reference: str
+    parts: tuple[BlameEntry, ...]
+    layers: tuple[BlameEntry, ...]
+    together: float
+    together_top1_agreement: float
+    scored_tokens: int
+
+
+Result = Annotated[
+    Union[PerplexityResult, DivergenceResult, TaskResult, BenchResult, BlameResult], Field(discriminator="type")
+]

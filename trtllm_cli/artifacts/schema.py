@@ -17,6 +17,9 @@ from trtllm_cli.models.spec import DecoderSpec, Frozen
 #: Version of the manifest schema this code writes. Older ones migrate (:mod:`trtllm_cli.artifacts.migrations`).
 SCHEMA_VERSION = 2
 
+#: beside a calibrated checkpoint and engines built from it: hashes that recognise a text that was calibrated on
+CALIBRATION_SKETCH = "calibration.json"
+
 Kind = Literal["source", "checkpoint", "engine", "report"]
 Origin = Literal["default", "preset", "file", "command line", "derived"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -61,9 +64,12 @@ class Ancestor(Frozen):
 
 
 class SourceOrigin(Frozen):
-    """Where published files came from; ``reference`` names them exactly (commit, package version, digest)."""
+    """Where published files came from; ``reference`` names them exactly (commit, package version, digest).
 
-    kind: Literal["hub", "folder", "gguf", "package"]
+    ``export``: this tool wrote them from the checkpoint whose id is the reference.
+    """
+
+    kind: Literal["hub", "folder", "gguf", "package", "export"]
     reference: str
     revision: str | None = None
     known_model: str | None = None
@@ -147,13 +153,14 @@ class LayerQuantization(Frozen):
     ``relative_error`` is ||W - dequantized|| / ||W|| (Frobenius), ``max_error`` the largest absolute difference; where
     a method moved scale between W and what precedes it, W is the moved weight. ``output_error`` is ||Y - Y'|| / ||Y||
     over the calibration tokens, Y the module's unquantized output for the same input. ``method`` is what made it (a
-    module can differ from the rest), ``parameters`` what that method decided (alpha, damping).
+    module can differ from the rest), ``parameters`` what that method decided (alpha, damping). Errors are None for an
+    imported module, whose unquantized weight is not at hand.
     """
 
     module: str
     scheme: WeightScheme
-    relative_error: float
-    max_error: float
+    relative_error: float | None = None
+    max_error: float | None = None
     note: str | None = None
     activation: ActivationScheme | None = None
     method: str | None = None
@@ -221,7 +228,7 @@ class CpuTactics(Frozen):
     """What a CPU engine decided: arithmetic of prefill products, type of the cache, tokens a pass of a prompt takes."""
 
     products: Literal["bfloat16", "float32"]
-    cache: Literal["float16", "float32"]
+    cache: Literal["float16", "float32", "int8", "fp8"]
     prefill_chunk: int = Field(gt=0)
 
 

@@ -172,6 +172,13 @@ class TensorStore:
     def entry(self, name: str) -> TensorEntry:
         return self._home[name].entries[name]
 
+    def tensor_dtype(self, name: str) -> torch.dtype:
+        """The torch type of a tensor, without reading it."""
+        import torch
+
+        found: torch.dtype = getattr(torch, _TORCH[self.entry(name).dtype])
+        return found
+
     def tensor(self, name: str) -> torch.Tensor:
         if name not in self._home:
             raise BadInputError(

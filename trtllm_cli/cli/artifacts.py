@@ -115,8 +115,8 @@ def _layers(manifest: Manifest) -> list[list[str]]:
             layer.module,
             layer.scheme.type,
             str(layer.scheme.group_size or "channel"),
-            f"{layer.relative_error:.5f}",
-            f"{layer.max_error:.5f}",
+            "unknown" if layer.relative_error is None else f"{layer.relative_error:.5f}",
+            "unknown" if layer.max_error is None else f"{layer.max_error:.5f}",
         ]
         for layer in body.quantization.layers
     ]

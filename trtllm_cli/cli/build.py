@@ -46,7 +46,12 @@ def command(
         ),
     ] = None,
     cache: Annotated[
-        str | None, typer.Option("--cache", help="cpu: float16 or float32 key/value cache.", show_default=False)
+        str | None,
+        typer.Option(
+            "--cache",
+            help="cpu: float16, float32, int8 or fp8 key/value cache (the last two need the checkpoint's scales).",
+            show_default=False,
+        ),
     ] = None,
     dtype: Annotated[
         str | None,

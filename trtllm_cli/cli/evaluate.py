@@ -11,9 +11,12 @@ from trtllm_cli.cli.options import ConfigFile, Debug, Force, Json, Threads, prin
 from trtllm_cli.cli.output import Output
 
 if TYPE_CHECKING:
-    from trtllm_cli.artifacts.results import Result
+    from trtllm_cli.artifacts.results import BlameResult, Result
     from trtllm_cli.artifacts.store import Artifact
     from trtllm_cli.runtime.load import Loaded
+
+#: rows of a blame table before the rest is summed
+_BLAMED = 15
 
 ReportPath = Annotated[
     Path | None,
@@ -58,6 +61,14 @@ def eval_command(
         str | None,
         typer.Option("--max-ppl-increase", help="With --against: exit 6 above this, such as 1%.", show_default=False),
     ] = None,
+    blame: Annotated[
+        bool | None,
+        typer.Option(
+            "--blame/--no-blame",
+            help="With --against, of checkpoints: what each quantized module and layer costs alone. Default: no.",
+            show_default=False,
+        ),
+    ] = None,
     output: ReportPath = None,
     threads: Threads = None,
     config: ConfigFile = None,
@@ -65,7 +76,7 @@ def eval_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure quality: perplexity, divergence from the source model, tasks."""
+    """Measure quality: perplexity, divergence from the source model and where it comes from, tasks."""
     from trtllm_cli.errors import UsageError
     from trtllm_cli.evaluate.gate import Gate, enforce
     from trtllm_cli.evaluate.stage import EvalOptions, evaluate
@@ -87,10 +98,13 @@ def eval_command(
             bos=bos,
             tasks=tuple(tasks or ()),
             limit=limit,
+            blame=blame,
         )
         width = options.options.context + 1
         subject = load_any(out, model, threads, width)
         reference = load_any(out, against, threads, width) if against is not None else None
+        if text is not None:
+            _warn_of_overlap(out, subject, text)
         found = evaluate(
             subject,
             options,
@@ -102,6 +116,20 @@ def eval_command(
         results = _finish(out, found)
         if gate is not None:
             enforce(results, gate, str(model))
+
+
+def _warn_of_overlap(out: Output, subject: Loaded, text: Path) -> None:
+    """Say so when the text was part of what the model was calibrated on: its figures flatter the model then."""
+    from trtllm_cli.artifacts.schema import CALIBRATION_SKETCH
+    from trtllm_cli.evaluate.stage import read_text
+    from trtllm_cli.quantize.calibration import OVERLAP_LIMIT, overlap_with_sketch, read_sketch
+
+    kept = subject.artifact.path / CALIBRATION_SKETCH
+    if not kept.is_file():
+        return
+    share = overlap_with_sketch(read_sketch(kept), subject.tokenizer.encode(read_text(text), special=False))
+    if share > OVERLAP_LIMIT:
+        out.say(f"warning: about {100 * share:.0f} % of {text} was calibrated on; its figures flatter the model")
 
 
 def bench_command(
@@ -174,6 +202,8 @@ def _finish(out: Output, found: Artifact | tuple[Result, ...]) -> tuple[Result, 
     for result in results:
         for line in describe(result):
             out.line(line)
+        if result.type == "blame":
+            blame_table(out, result)
     dumped: list[Any] = [result.model_dump(mode="json") for result in results]
     if isinstance(found, tuple):
         out.result({"results": dumped})
@@ -181,6 +211,22 @@ def _finish(out: Output, found: Artifact | tuple[Result, ...]) -> tuple[Result, 
         out.line(f"report page: {found.path / 'report.html'}")
         print_artifact(out, found, False, results=dumped)
     return results
+
+
+def blame_table(out: Output, result: BlameResult) -> None:
+    """The parts, and the layers, that cost the most, with the rest as a sum."""
+    for title, entries in (("part", result.parts), ("layer", result.layers)):
+        total = sum(entry.divergence for entry in entries) or 1.0
+        rows = [
+            [entry.name, f"{entry.divergence:.6f}", f"{100 * entry.divergence / total:.1f} %",
+             f"{100 * entry.top1_agreement:.2f} %"]
+            for entry in entries[:_BLAMED]
+        ]  # fmt: skip
+        rest = entries[_BLAMED:]
+        if rest:
+            others = sum(entry.divergence for entry in rest)
+            rows.append([f"the other {len(rest)}", f"{others:.6f}", f"{100 * others / total:.1f} %", ""])
+        out.table([title, "KL divergence", "share", "same top token"], rows)
 
 
 def describe(result: Result) -> list[str]:
@@ -207,6 +253,14 @@ def describe(result: Result) -> list[str]:
             spread = 100 * (result.accuracy_normalized_stderr or 0)
             text += f", length-normalised {100 * result.accuracy_normalized:.1f} +/- {spread:.1f} %"
         return [f"{text} of {result.tasks} tasks"]
+    if result.type == "blame":
+        worst = result.parts[0]
+        alone = sum(entry.divergence for entry in result.parts)
+        return [
+            f"KL divergence of {len(result.parts)} parts quantized one at a time: {alone:.5f} nats in sum, "
+            f"{result.together:.5f} all together ({result.protocol.windows} windows of {result.protocol.context}); "
+            f"most by {worst.name}, {worst.divergence:.5f}"
+        ]
     share = (
         f" ({100 * result.weight_read_gb_per_s / result.measured_bandwidth_gb_per_s:.0f} % of the "
         f"{result.measured_bandwidth_gb_per_s:.1f} GB/s measured here)"

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from trtllm_cli import __version__
-from trtllm_cli.cli import artifacts, build, convert, doctor, download, evaluate, pipeline, quantize, run
+from trtllm_cli.cli import artifacts, build, convert, doctor, download, evaluate, export, pipeline, quantize, run
 from trtllm_cli.errors import EXIT_BAD_INPUT, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UserError
 
 #: typer's parsing errors; newer versions carry their own copy of click, so click's class would not match
@@ -32,6 +32,7 @@ _LOOK = "Artifacts and machine"
 app.command("download", rich_help_panel=_STAGES)(download.command)
 app.command("convert", rich_help_panel=_STAGES)(convert.command)
 app.command("quantize", rich_help_panel=_STAGES)(quantize.command)
+app.command("export", rich_help_panel=_STAGES)(export.command)
 app.command("build", rich_help_panel=_STAGES)(build.command)
 app.command("run", rich_help_panel=_STAGES)(run.command)
 app.command("eval", rich_help_panel=_STAGES)(evaluate.eval_command)

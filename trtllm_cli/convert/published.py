@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trtllm_cli.artifacts.store import Artifact
 from trtllm_cli.artifacts.tensors import TensorStore
-from trtllm_cli.errors import BadInputError, UnsupportedError
+from trtllm_cli.errors import BadInputError
 
 if TYPE_CHECKING:
     import torch
+
+    from trtllm_cli.quantize.interchange.base import Layout
 
 FILES = "files"
 
@@ -30,7 +32,7 @@ class PublishedModel(Protocol):
         ...
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as floats, alone in memory."""
+        """The tensor, alone in memory: as floats, or the integers of a quantized checkpoint."""
         ...
 
 
@@ -49,15 +51,8 @@ class SafetensorsModel:
             raise BadInputError("CONFIG_INVALID", f"{file} is not JSON ({error})", "download it again") from error
         if not isinstance(self.config, dict):
             raise BadInputError("CONFIG_INVALID", f"{file} is not a JSON object", "download it again")
-        quantization = self.config.get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-            raise UnsupportedError(
-                "ALREADY_QUANTIZED",
-                f"{directory} is quantized already ({method}); convert takes unquantized checkpoints",
-                "download the original model and use trtllm-cli quantize",
-            )
         self._store = TensorStore(directory)
+        self.directory = directory
 
     def names(self) -> list[str]:
         return list(self._store)
@@ -79,6 +74,15 @@ def open_published(source: Artifact) -> PublishedModel:
 
         return GgufModel(gguf_file(source))
     return SafetensorsModel(source.path / FILES)
+
+
+def quantized_layout(model: PublishedModel) -> Layout | None:
+    """How the quantized linears of ``model`` are stored; None where it has none (GGUF types are dequantized)."""
+    if not isinstance(model, SafetensorsModel):
+        return None
+    from trtllm_cli.quantize.interchange.plan import open_layout
+
+    return open_layout(model.directory, model.config, model)
 
 
 def gguf_file(source: Artifact) -> Path:

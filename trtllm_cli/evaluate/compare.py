@@ -12,6 +12,7 @@ _PROTOCOL: dict[str, tuple[str, ...]] = {
     "perplexity": ("protocol",),
     "divergence": ("protocol", "reference"),
     "task": ("name", "form", "file_sha256", "tasks", "bos"),
+    "blame": ("protocol", "reference"),
     "bench": ("prompt_tokens", "new_tokens", "batch", "threads"),
 }
 

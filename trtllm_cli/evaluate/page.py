@@ -6,7 +6,15 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from trtllm_cli.artifacts.results import BenchResult, DivergenceResult, PerplexityResult, TaskResult, TextProtocol
+from trtllm_cli.artifacts.results import (
+    BenchResult,
+    BlameEntry,
+    BlameResult,
+    DivergenceResult,
+    PerplexityResult,
+    TaskResult,
+    TextProtocol,
+)
 from trtllm_cli.artifacts.schema import Ancestor, LayerQuantization, QuantizationRecord
 from trtllm_cli.evaluate import plots
 from trtllm_cli.evaluate.plots import number
@@ -14,6 +22,8 @@ from trtllm_cli.evaluate.report import DivergenceSeries, Report, Subject, Window
 from trtllm_cli.evaluate.style import STYLE
 from trtllm_cli.evaluate.summary import perplexity_error, sentence
 
+#: parts that stand as bars of their own
+_BLAMED = 15
 _LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
 
 
@@ -23,6 +33,7 @@ def render(report: Report) -> str:
     sections = [
         _summary(report),
         _text_results(report),
+        _blame_results(report),
         _task_results(report),
         _bench_results(report),
         _quantization(report.subject),
@@ -71,6 +82,9 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
             found.append(("Same top token", f"{result.top1_agreement:.1%}", f"{result.scored_tokens:,} positions"))
         elif isinstance(result, TaskResult):
             found.append((result.name, f"{result.accuracy:.1%}", f"± {result.accuracy_stderr:.1%}"))
+        elif isinstance(result, BlameResult):
+            worst = result.parts[0]
+            found.append(("Costliest part", number(worst.divergence, 3), f"nats, {worst.name}"))
         else:
             found.append(("Decode", number(result.decode_tokens_per_s), "tokens/s"))
             found.append(("Prefill", number(result.prefill_tokens_per_s), "tokens/s"))
@@ -122,6 +136,57 @@ def _text_results(report: Report) -> str:
                 )
             )
     return f"<section>{''.join(parts)}</section>" if parts else ""
+
+
+def _blame_results(report: Report) -> str:
+    parts: list[str] = []
+    for result in report.results:
+        if not isinstance(result, BlameResult):
+            continue
+        shown, rest = result.parts[:_BLAMED], result.parts[_BLAMED:]
+        drawn = [plots.Bar(entry.name, entry.divergence, number(entry.divergence, 3)) for entry in shown]
+        if rest:
+            others = sum(entry.divergence for entry in rest)
+            drawn.append(plots.Bar(f"the other {len(rest)}", others, f"{number(others, 3)} in sum", style="two"))
+        parts.append("<h2>What each part costs</h2>")
+        parts.append(_figure(
+            f"KL divergence in nats when this part alone is quantized and the rest is the source's; all of them "
+            f"together cost {number(result.together, 3)}.",
+            plots.bars(drawn, None, "divergence caused by each part alone"),
+        ))  # fmt: skip
+        if result.layers:
+            count = max(entry.layer or 0 for entry in result.layers) + 1
+            by_layer = {entry.layer: entry.divergence for entry in result.layers}
+            parts.append(_figure(
+                "The same for each decoder layer as a whole.",
+                plots.differences([by_layer.get(i, 0.0) for i in range(count)], "layer", "KL divergence (nats)",
+                                  "divergence caused by each layer alone", noun="layer"),
+            ))  # fmt: skip
+        parts.append(_blame_map(result))
+        rows = [(entry.name, number(entry.divergence), f"{entry.top1_agreement:.2%}") for entry in result.parts]
+        head = ("part", "KL divergence (nats)", "same top token")
+        parts.append(f"<details><summary>All {len(rows)} parts</summary>{_table(head, rows)}</details>")
+    return f"<section>{''.join(parts)}</section>" if parts else ""
+
+
+def _blame_map(result: BlameResult) -> str:
+    """Parts inside the decoder layers as a map: kind by layer."""
+    inside = sorted((entry for entry in result.parts if entry.layer is not None), key=lambda entry: entry.layer or 0)
+    if not inside:
+        return ""
+    kinds = list(dict.fromkeys(_kind(entry) for entry in inside))
+    cells = [
+        (kinds.index(_kind(entry)), entry.layer or 0, entry.divergence, f"{entry.name}: {number(entry.divergence)}")
+        for entry in inside
+    ]
+    return _figure(
+        "The divergence of every part by layer and kind; the stronger the colour, the larger.",
+        plots.heat_map(kinds, max(cell[1] for cell in cells) + 1, cells, "layer", "divergence per layer and part"),
+    )
+
+
+def _kind(entry: BlameEntry) -> str:
+    return entry.name.removeprefix(f"layers.{entry.layer}.").strip("()")
 
 
 def _task_results(report: Report) -> str:
@@ -199,7 +264,7 @@ def _quantization(subject: Subject) -> str:
     columns = 0
     for layer in record.layers:
         match = _LAYER.match(layer.module)
-        if match is None:
+        if match is None or layer.relative_error is None:
             continue
         column, kind = int(match[1]), match[2]
         if kind not in rows:
@@ -214,7 +279,7 @@ def _quantization(subject: Subject) -> str:
             "Error of each quantized weight relative to its own size; the stronger the colour, the larger.",
             plots.heat_map(rows, columns, cells, "layer", "relative quantization error per layer and module"),
         )
-    worst = sorted(record.layers, key=lambda layer: -layer.relative_error)[:10]
+    worst = sorted(record.layers, key=lambda layer: -(layer.relative_error or 0.0))[:10]
     table = _table(
         ("module", "stored as", "relative error", "largest difference", "note"), [_layer_row(x) for x in worst]
     )
@@ -239,7 +304,8 @@ def _layer_row(layer: LayerQuantization) -> tuple[str, ...]:
     scheme = layer.scheme
     group = f", groups of {scheme.group_size}" if scheme.granularity == "group" else ", per channel"
     kind = f"{scheme.type}{group}{'' if scheme.symmetric else ', asymmetric'}"
-    return layer.module, kind, number(layer.relative_error), number(layer.max_error), layer.note or ""
+    errors = ("unknown" if error is None else number(error) for error in (layer.relative_error, layer.max_error))
+    return layer.module, kind, *errors, layer.note or ""
 
 
 def _protocol(report: Report) -> str:

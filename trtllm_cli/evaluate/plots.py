@@ -83,15 +83,17 @@ def lines(series: Sequence[Line], x_label: str, y_label: str, description: str, 
     return legend + _svg(height, description, parts)
 
 
-def differences(values: Sequence[float], x_label: str, y_label: str, description: str, height: float = 180.0) -> str:
-    """Columns above and below zero."""
+def differences(
+    values: Sequence[float], x_label: str, y_label: str, description: str, height: float = 180.0, noun: str = "window"
+) -> str:
+    """Columns above and below zero; ``noun`` and the index name each in its tooltip."""
     margin = 0.08 * (max(abs(value) for value in values) or 1e-6)
     frame = _Frame(-0.5, len(values) - 0.5, min(0.0, *values) - margin, max(0.0, *values) + margin, height)
     parts = [frame.y_axis(y_label), frame.index_axis(x_label)]
     width = min(28.0, max(1.0, (frame.x(1) - frame.x(0)) * 0.7))
     for index, value in enumerate(values):
         top, bottom = sorted((frame.y(value), frame.y(0)))
-        tip = f"window {index}: {number(value)}"
+        tip = f"{noun} {index}: {number(value)}"
         parts.append(_rect(frame.x(index) - width / 2, top, width, max(bottom - top, 0.5), tip=tip))
     parts.append(_line("axis", _LEFT, frame.y(0), _WIDTH - _RIGHT, frame.y(0)))
     return _svg(height, description, parts)
@@ -135,7 +137,7 @@ def heat_map(
 ) -> str:
     """A cell for each (row, column, value, tooltip), stronger for larger values; rows are named."""
     top = max(value for _, _, value, _ in cells) or 1.0
-    left, head, row_height = 96.0, 34.0, 22.0
+    left, head, row_height = max(96.0, _label_width(rows)), 34.0, 22.0
     size = min(26.0, (_WIDTH - left - _RIGHT) / max(columns, 1))
     height = head + row_height * len(rows) + 38.0
     parts = [_rect(left + 26 * index, 2, 24, 10, opacity=0.1 + 0.9 * index / 4) for index in range(5)]
@@ -153,7 +155,7 @@ def heat_map(
 
 def bars(items: Sequence[Bar], ceiling: tuple[str, float] | None, description: str) -> str:
     """Horizontal bars from zero, each with its note; ``ceiling`` is a labelled vertical line."""
-    left, row_height, head = 150.0, 32.0, 22.0 if ceiling else 2.0
+    left, row_height, head = max(150.0, _label_width([item.label for item in items])), 32.0, 22.0 if ceiling else 2.0
     top = max([item.high or item.value for item in items] + ([ceiling[1]] if ceiling else [])) or 1.0
     scale = (_WIDTH - left - 150.0) / top
     height = head + row_height * len(items) + 4
@@ -175,6 +177,11 @@ def bars(items: Sequence[Bar], ceiling: tuple[str, float] | None, description: s
         parts.append(_line("mark", x, 18, x, height))
         parts.append(_text("note", x, 12, ceiling[0], "end" if x > _WIDTH / 2 else "start"))
     return _svg(height, description, parts)
+
+
+def _label_width(labels: Sequence[str]) -> float:
+    """Room for the longest label at 12 pixels, as wide as system fonts come; half of the plot at most."""
+    return min(7.0 * max(map(len, labels), default=0) + 16, _WIDTH / 2)
 
 
 class _Frame:

@@ -40,7 +40,8 @@ class EvalOptions(StageOptions):
 
     ``text`` is scored in windows of ``context`` positions, each ``stride`` tokens after the one before (None: not
     overlapping), at most ``windows`` of them, with or without ``bos``. ``tasks`` are JSON-lines files
-    (:mod:`trtllm_cli.evaluate.tasks`) of which the first ``limit`` tasks are run.
+    (:mod:`trtllm_cli.evaluate.tasks`) of which the first ``limit`` tasks are run. ``blame`` also measures what each
+    part of a quantized checkpoint costs alone (:mod:`trtllm_cli.evaluate.blame`); ``windows`` is then 4 by default.
     """
 
     text: Path | None = Field(default=None, exclude=True)
@@ -50,6 +51,7 @@ class EvalOptions(StageOptions):
     windows: int | None = Field(default=None, ge=1)
     bos: bool = False
     limit: int | None = Field(default=None, ge=1)
+    blame: bool = False
 
 
 class BenchOptions(StageOptions):
@@ -74,12 +76,12 @@ def evaluate(
 ) -> Artifact | tuple[Result, ...]:
     """Measure quality. With ``output`` publishes a report artifact and returns it, else returns the results.
 
-    With ``against`` the text is scored under both models and the result is a divergence. Raises UsageError for nothing
-    to do or unused options, and what the measurements raise.
+    With ``against`` the text is scored under both models and the result is a divergence; with ``blame`` its parts
+    follow. Raises UsageError for nothing to do or unused options, and what the measurements raise.
     """
     options = config.options
-    _require_used(config, against)
-    text = _read_text(options.text) if options.text is not None else None
+    _require_used(config, model, against)
+    text = read_text(options.text) if options.text is not None else None
     files = [read_tasks(path, options.limit) for path in options.tasks]
 
     def measure() -> tuple[list[Result], list[Series]]:
@@ -171,8 +173,13 @@ def _score_text(
     progress: Progress | None,
 ) -> None:
     tokens = model.tokenizer.encode(text, special=False)
+    count = options.windows
+    if options.blame and count is None:
+        from trtllm_cli.evaluate.blame import DEFAULT_WINDOWS
+
+        count = DEFAULT_WINDOWS
     protocol = perplexity.text_protocol(
-        text, len(tokens), context=options.context, stride=options.stride, windows=options.windows, bos=options.bos
+        text, len(tokens), context=options.context, stride=options.stride, windows=count, bos=options.bos
     )
     bos_id = model.tokenizer.info.bos_id
     if against is None:
@@ -197,6 +204,20 @@ def _score_text(
     series.append(window_series(model.name, found.subject_windows()))
     series.append(window_series(against.name, found.reference_windows()))
     series.append(divergence_series(found.divergence))
+    if options.blame:
+        from trtllm_cli.evaluate.blame import blame
+
+        results.append(
+            blame(
+                model.artifact,
+                against.artifact,
+                tokens,
+                protocol,
+                reference_name=against.name,
+                bos_id=bos_id,
+                progress=_named(progress, "blame"),
+            )
+        )
 
 
 def _publish(
@@ -226,7 +247,7 @@ def _publish(
         )
 
 
-def _require_used(config: Configured[EvalOptions], against: Loaded | None) -> None:
+def _require_used(config: Configured[EvalOptions], model: Loaded, against: Loaded | None) -> None:
     options = config.options
     if options.text is None and not options.tasks:
         raise UsageError("NOTHING_TO_DO", "neither a text nor a task file is given", "add --text FILE or --task FILE")
@@ -238,13 +259,22 @@ def _require_used(config: Configured[EvalOptions], against: Loaded | None) -> No
             f"{', '.join(without_text)} has no effect without a text",
             "add --text FILE or leave it out",
         )
+    if options.blame:
+        if against is None or options.text is None:
+            missing = "--against SOURCE" if against is None else "--text FILE"
+            raise UsageError(
+                "BLAME_NEEDS_REFERENCE", "blame compares with the source model on a text", f"add {missing}"
+            )
+        from trtllm_cli.evaluate.blame import require_blamable
+
+        require_blamable(model.artifact, against.artifact)
     if not options.tasks and "limit" in given:
         raise UsageError(
             "OPTION_UNUSED", "limit has no effect without a task file", "add --task FILE, or use --windows for a text"
         )
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as error:

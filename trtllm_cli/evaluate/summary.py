@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from trtllm_cli.artifacts.results import BenchResult, DivergenceResult, PerplexityResult, Result, TaskResult
+from trtllm_cli.artifacts.results import (
+    BenchResult,
+    BlameResult,
+    DivergenceResult,
+    PerplexityResult,
+    Result,
+    TaskResult,
+)
 from trtllm_cli.evaluate.plots import number
 
 #: mean divergence in nats below which a model counts as ...; llama.cpp's scoreboard for Llama-3-8B puts its 8-bit
@@ -45,6 +52,8 @@ def sentence(result: Result) -> str:
         if result.accuracy_normalized is not None:
             text += f" ({result.accuracy_normalized:.1%} normalised by length)"
         return text + "."
+    if isinstance(result, BlameResult):
+        return blame_sentence(result)
     return bench_sentence(result)
 
 
@@ -57,3 +66,19 @@ def bench_sentence(result: BenchResult) -> str:
     if result.measured_bandwidth_gb_per_s:
         text += f", {result.weight_read_gb_per_s / result.measured_bandwidth_gb_per_s:.0%} of the measured bandwidth"
     return text + "."
+
+
+def blame_sentence(result: BlameResult) -> str:
+    """Where most of the divergence comes from."""
+    worst = result.parts[0]
+    alone = sum(entry.divergence for entry in result.parts)
+    half, count = 0.0, 0
+    for entry in result.parts:
+        if half >= alone / 2:
+            break
+        half, count = half + entry.divergence, count + 1
+    text = (
+        f"Quantized one at a time, the {len(result.parts)} parts cost {number(alone, 3)} nats in sum, all together "
+        f"{number(result.together, 3)}; {worst.name} costs the most, {number(worst.divergence, 3)}"
+    )
+    return text + (f", and {count} parts make half of the sum." if count > 1 else ", half of the sum or more.")

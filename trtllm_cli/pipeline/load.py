@@ -19,7 +19,7 @@ from trtllm_cli.artifacts.config import Configured, StageOptions, configure
 from trtllm_cli.download.known import load_known
 from trtllm_cli.download.reference import FolderReference, GgufReference, Reference, parse_reference
 from trtllm_cli.errors import BadInputError, UsageError, UserError
-from trtllm_cli.pipeline.schema import BuildStage, DownloadStage, EvalStage, PipelineFile, Stage
+from trtllm_cli.pipeline.schema import BuildStage, DownloadStage, EvalStage, PipelineFile, QuantizeStage, Stage
 from trtllm_cli.quantize.stage import QuantizeOptions, refuse_unused
 
 _HINT = "see examples/pipeline.yaml, or the schema written by: trtllm-cli schema DIR"
@@ -260,6 +260,8 @@ def _step(index: int, stage: Stage, parents: tuple[str, ...], base: Path, work: 
     reference = None
     if isinstance(stage, EvalStage):
         given.update(_files(index, stage, given, base, place))
+    if isinstance(stage, QuantizeStage):
+        given.update(_texts(index, given, base, place))
     if isinstance(stage, DownloadStage):
         reference = _reference(index, stage, base, place)
     model = _options(stage)
@@ -312,6 +314,24 @@ def _files(index: int, stage: EvalStage, given: Mapping[str, Any], base: Path, p
         **({"text": found["text"][0]} if found["text"] else {}),
         **({"tasks": tuple(found["tasks"])} if found["tasks"] else {}),
     }
+
+
+def _texts(index: int, given: Mapping[str, Any], base: Path, place: _Place) -> dict[str, Any]:
+    """The texts a quantize stage names, relative to the pipeline file (a data set of the hub stays as it is)."""
+    found: dict[str, Any] = {}
+    for key in ("calib", "eval_text"):
+        name = given.get(key)
+        if not isinstance(name, str) or (key == "calib" and name.startswith("hf:")):
+            continue
+        path = base / Path(name).expanduser()
+        if not path.is_file():
+            raise BadInputError(
+                "FILE_MISSING",
+                f"{place(('stages', index, 'options', key))}: {path} is no file",
+                "paths are relative to the file",
+            )
+        found[key] = str(path) if key == "calib" else path
+    return found
 
 
 def _reference(index: int, stage: DownloadStage, base: Path, place: _Place) -> Reference:

@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from trtllm_cli.artifacts.schema import CheckpointBody, Dtype, EngineBody, EngineLimits, QuantizationRecord, SourceBody
+from trtllm_cli.artifacts.schema import (
+    CheckpointBody,
+    Dtype,
+    EngineBody,
+    EngineLimits,
+    KvCacheScheme,
+    QuantizationRecord,
+    SourceBody,
+)
 from trtllm_cli.artifacts.store import Artifact
 from trtllm_cli.artifacts.tensors import CODES, DTYPES
 from trtllm_cli.build.cpu.stage import derive
@@ -23,7 +31,7 @@ from trtllm_cli.models.families import family_of
 from trtllm_cli.models.spec import DecoderSpec
 from trtllm_cli.pipeline.load import Step
 from trtllm_cli.pipeline.schema import BuildStage, Prediction
-from trtllm_cli.quantize import methods
+from trtllm_cli.quantize.options import QuantizeOptions, parse_bytes
 from trtllm_cli.quantize.selection import Choice, select
 
 #: what copying and hashing hold, and the float32 blocks of rows that quantization works in, in bytes
@@ -48,6 +56,7 @@ class Facts:
     quantized: bool = False
     limits: EngineLimits | None = None
     executor: str | None = None
+    kv_cache: KvCacheScheme | None = None
 
 
 def _elements(shape: Sequence[int]) -> int:
@@ -66,7 +75,8 @@ def facts_of(artifact: Artifact) -> Facts:
     other = sum(size for path, size in sizes.items() if not path.startswith("model"))
     if isinstance(body, CheckpointBody):
         quantized = body.quantization is not None
-        return Facts(body.parameters, body.spec, body.dtype, body.weight_bytes, other, quantized)
+        cache = body.quantization.kv_cache if body.quantization is not None else None
+        return Facts(body.parameters, body.spec, body.dtype, body.weight_bytes, other, quantized, kv_cache=cache)
     if isinstance(body, EngineBody):
         parameters = sum(map(_elements, body.spec.tensor_shapes().values()))
         quantized = body.quantization is not None
@@ -150,7 +160,7 @@ def _quantize(step: Step, parent: Facts) -> tuple[Prediction, Facts]:
     if parent.spec is None or parent.dtype is None:
         return Prediction(basis="unknown until the source is there"), Facts()
     o = step.config.options
-    chosen = select(parent.spec, o.method, o.group_size, o.symmetric, o.embedding, o.head, o.overrides)
+    chosen = select(parent.spec, o)
     width = DTYPES[CODES[parent.dtype]][0]
     total = largest = 0
     for name, shape in parent.spec.tensor_shapes().items():
@@ -163,12 +173,25 @@ def _quantize(step: Step, parent: Facts) -> tuple[Prediction, Facts]:
         held = stored + 2 * size + min(_BLOCK_BYTES, 24 * _elements(shape)) if choice is not None else stored
         largest = max(largest, held)
     basis = f"{len(chosen)} modules by {o.method}, the rest in {parent.dtype}; memory: the largest module"
-    made = replace(parent, weight_bytes=total, quantized=True)
+    if o.uses_calibration:
+        largest = max(largest, _calibration_bytes(parent.spec, o))
+        basis = f"{len(chosen)} modules by {o.method}, the rest in {parent.dtype}; memory: one layer's calibration"
+    cache = KvCacheScheme(type=o.kv_cache, granularity=o.kv_scales) if o.kv_cache is not None else None
+    made = replace(parent, weight_bytes=total, quantized=True, kv_cache=cache)
     return Prediction(disk_bytes=total + parent.other_bytes, memory_bytes=largest + _BESIDE_BYTES, basis=basis), made
 
 
+def _calibration_bytes(spec: DecoderSpec, o: QuantizeOptions) -> int:
+    """A layer in float32 with its copies, the largest Hessian with its factors, and activations up to the limit."""
+    layer = sum(out * inputs for out, inputs, _ in spec.layer_linears(0).values())
+    widest = max(inputs for _, inputs, _ in spec.layer_linears(0).values())
+    tokens = o.calib_rows * o.calib_length
+    activations = tokens * 4 * (spec.hidden_size + spec.intermediate_size)
+    return 12 * layer + 16 * widest**2 + min(activations, parse_bytes(o.max_ram)) + 4096 * 24 * spec.intermediate_size
+
+
 def _quantized_bytes(choice: Choice, shape: Sequence[int]) -> int:
-    made = methods.method(choice.method).tensors(choice.scheme, shape[0], shape[1])
+    made = choice.tensors(shape[0], shape[1])
     return sum(DTYPES[code][0] * _elements(size) for code, size in made.values())
 
 
@@ -197,7 +220,9 @@ def _build(step: Step, parent: Facts) -> tuple[Prediction, Facts]:
 
 def _body(facts: Facts) -> CheckpointBody:
     """A checkpoint that does not exist yet, as far as sizing an engine looks at it."""
-    record = QuantizationRecord(method="predicted", parameters={}, layers=(), bits_per_weight=0)
+    record = QuantizationRecord(
+        method="predicted", parameters={}, layers=(), bits_per_weight=0, kv_cache=facts.kv_cache
+    )
     return CheckpointBody(
         spec=cast(DecoderSpec, facts.spec),
         dtype=cast(Dtype, facts.dtype),

@@ -76,7 +76,7 @@ def stage_request(step: Step, parents: Sequence[Artifact], report: Reporter) -> 
     if kind == "convert":
         return convert.request(parents[0], config)
     if kind == "quantize":
-        return quantize.request(parents[0], config)
+        return quantize.request(parents[0], config, report)
     if kind == "build":
         if isinstance(step.stage, BuildStage) and step.stage.backend == "tensorrt":
             return None

@@ -29,9 +29,10 @@ def perform(step: Step, parents: Sequence[Artifact], force: bool, report: Report
 
         return convert(parent, output, config, force=force, report=report)
     if kind == "quantize":
+        from trtllm_cli.pipeline.quality import gate_for
         from trtllm_cli.quantize.stage import quantize
 
-        return quantize(parent, output, config, force=force, report=report)
+        return quantize(parent, output, config, force=force, report=report, quality=gate_for)
     if kind == "build":
         if isinstance(step.stage, BuildStage) and step.stage.backend == "tensorrt":
             from trtllm_cli.build.tensorrt.stage import build_tensorrt_engine
@@ -119,6 +120,8 @@ def _short(result: Result, beside: Sequence[Result]) -> str:
         return f"KLD {result.mean:.5f}, perplexity {result.subject_perplexity:.3f} ({increase:+.2f} %)"
     if result.type == "task":
         return f"{result.name} {100 * result.accuracy:.1f} %"
+    if result.type == "blame":
+        return f"worst part {result.parts[0].name} {result.parts[0].divergence:.5f}"
     return f"decode {result.decode_tokens_per_s:.1f}, prefill {result.prefill_tokens_per_s:.0f} tokens/s"
 
 

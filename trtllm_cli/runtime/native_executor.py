@@ -29,6 +29,7 @@ class NativeExecutor:
             "compiler": model.library.compiler,
             "threads": model.threads,
             "products": model.gemm,
+            "cache": model.kv_dtype,
         }
 
     def close(self) -> None:

@@ -7,45 +7,33 @@ plan, weights are packed for the vector units, and the runtime needs neither tor
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal
 
-import numpy as np
 from pydantic import Field
 
 from trtllm_cli.artifacts.config import Configured, StageOptions
 from trtllm_cli.artifacts.publish import Request, Workspace, publish
 from trtllm_cli.artifacts.schema import (
+    CALIBRATION_SKETCH,
     CheckpointBody,
     CpuTactics,
     EngineBody,
     EngineLimits,
-    LayerQuantization,
     Origin,
     Requirement,
 )
 from trtllm_cli.artifacts.store import Artifact, open_artifact
-from trtllm_cli.artifacts.tensors import TensorStore, TensorWriter
+from trtllm_cli.build.cpu.native import write_native
 from trtllm_cli.errors import UnsupportedError, UsageError
 from trtllm_cli.models.spec import DecoderSpec
-from trtllm_cli.ops.native.packing import PackedFormat, PackedModule, pack_module, pack_vector, packed_layout
-from trtllm_cli.ops.native.plan import record
 from trtllm_cli.progress import Reporter, Silent
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-PLAN = "plan.json"
-MODULES = "modules.json"
 DEFAULT_CONTEXT = 4096
+_CACHE_BYTES = {"float32": 4, "float16": 2, "int8": 1, "fp8": 1}
 #: tokens of a prompt that run through the model at once; bounds scratch memory
 CHUNK = 512
-_FORMATS: dict[str, PackedFormat] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_CODES = {"float32": "F32", "float16": "F16", "uint16": "U16", "int8": "I8", "uint8": "U8", "uint32": "U32"}
 
 
 class CpuOptions(StageOptions):
@@ -60,7 +48,7 @@ class CpuOptions(StageOptions):
     concurrency: int = Field(default=4, gt=0)
     executor: Literal["auto", "native", "torch"] = "auto"
     products: Literal["auto", "bfloat16", "float32"] = "auto"
-    cache: Literal["auto", "float16", "float32"] = "auto"
+    cache: Literal["auto", "float16", "float32", "int8", "fp8"] = "auto"
 
 
 def build_cpu(
@@ -74,7 +62,7 @@ def build_cpu(
     """Write a CPU engine.
 
     Raises UsageError for a context beyond the model's positions, UnsupportedError when ``executor`` is native and no
-    library can be had.
+    library can be had, or for a quantized cache without scales.
     """
     report = report or Silent()
     parent = open_artifact(checkpoint, "checkpoint", full=True)
@@ -86,12 +74,17 @@ def build_cpu(
             return work.up_to_date
         body = parent.checkpoint
         limits, tactics = derive(body, options, executor)
-        weight_bytes = _write_native(parent, work, report) if executor == "native" else _copy_weights(parent, work)
+        if executor == "native":
+            weight_bytes = write_native(parent, work, tactics, report)
+        else:
+            weight_bytes = _copy_weights(parent, work)
         limits = limits.model_copy(update={"weight_bytes": weight_bytes})
-        if body.tokenizer is not None:
-            for name in (body.tokenizer.file, body.tokenizer.chat_template):
-                if name is not None:
-                    shutil.copyfile(parent.file(name), work.file(name))
+        beside = [body.tokenizer.file, body.tokenizer.chat_template] if body.tokenizer is not None else []
+        if any(entry.path == CALIBRATION_SKETCH for entry in parent.manifest.files):
+            beside.append(CALIBRATION_SKETCH)
+        for name in beside:
+            if name is not None:
+                shutil.copyfile(parent.file(name), work.file(name))
         _explain(limits, body.spec, tactics, report)
         return work.complete(
             EngineBody(
@@ -164,18 +157,20 @@ def derive(body: CheckpointBody, options: CpuOptions, executor: str) -> tuple[En
             f"context {context} exceeds the {spec.max_positions} positions the model was made for",
             f"--context {spec.max_positions} or less",
         )
-    exact = body.dtype == "float32" and body.quantization is None
+    exact = body.dtype == "float32" and not (body.quantization and body.quantization.layers)
     products = ("float32" if exact else "bfloat16") if options.products == "auto" else options.products
-    cache = ("float32" if exact else "float16") if options.cache == "auto" else options.cache
+    cache = _cache(body, options, executor, exact)
     if executor == "torch":
-        # the reference executor computes and caches in float32 throughout
-        for name in ("products", "cache"):
-            if getattr(options, name) not in ("auto", "float32"):
+        # the reference executor computes in float32 throughout, and keeps what quantized keys and values stand for
+        for name, used in (("products", "float32"), ("cache", cache)):
+            if getattr(options, name) not in ("auto", used):
                 raise UsageError(
-                    "OPTION_UNUSED", f"--{name} has no effect with the torch executor", f"leave out --{name}"
+                    "OPTION_UNUSED",
+                    f"--{name} has no effect with the torch executor, which uses {used} for this checkpoint",
+                    f"leave out --{name}",
                 )
-        products = cache = "float32"
-    element = 2 if cache == "float16" else 4
+        products = "float32"
+    element = 4 if executor == "torch" else _CACHE_BYTES[cache]
     cache_bytes = 2 * spec.num_layers * spec.kv_size * context * options.concurrency * element
     widest = 4 * spec.hidden_size + spec.q_size + 2 * spec.kv_size + 3 * spec.intermediate_size
     scratch = min(CHUNK, context) * widest * 4
@@ -187,6 +182,26 @@ def derive(body: CheckpointBody, options: CpuOptions, executor: str) -> tuple[En
         scratch_bytes=scratch,
     )
     return limits, CpuTactics.model_validate({"products": products, "cache": cache, "prefill_chunk": CHUNK})
+
+
+def _cache(body: CheckpointBody, options: CpuOptions, executor: str, exact: bool) -> str:
+    scheme = body.quantization.kv_cache if body.quantization else None
+    scaled = scheme.type if scheme else None
+    if options.cache in ("int8", "fp8") and options.cache != scaled:
+        has = f"has scales for an {scaled} cache only" if scaled else "has no scales of keys and values"
+        raise UnsupportedError(
+            "CACHE_SCALES_MISSING",
+            f"an {options.cache} cache needs scales made for it, and the checkpoint {has}",
+            f"trtllm-cli quantize CHECKPOINT -o OUT --kv-cache {options.cache}, and build that",
+        )
+    if scaled is not None and (options.cache == "auto" or executor == "torch"):
+        return scaled
+    if executor == "torch":
+        return "float32"
+    if options.cache != "auto":
+        return options.cache
+    # a checkpoint whose weights alone are exact keeps an exact cache
+    return "float32" if exact else "float16"
 
 
 def _explain(limits: EngineLimits, spec: DecoderSpec, tactics: CpuTactics, report: Reporter) -> None:
@@ -206,77 +221,3 @@ def _copy_weights(parent: Artifact, work: Workspace) -> int:
             shutil.copyfile(parent.file(entry.path), work.file(entry.path))
             total += entry.size
     return total
-
-
-def _bits(store: TensorStore, name: str) -> NDArray[np.generic]:
-    return cast("NDArray[np.generic]", store.array(name))
-
-
-def _float32(store: TensorStore, name: str) -> NDArray[np.float32]:
-    """A small float tensor as float32, bfloat16 widened by its bits."""
-    array = store.array(name)
-    if store.entry(name).dtype == "BF16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)
-
-
-def _described(store: TensorStore, module: str, layer: LayerQuantization | None, bias: bool) -> PackedModule:
-    entry = store.entry(f"{module}.weight")
-    n, k = entry.shape
-    if layer is None:
-        return PackedModule(format=_FORMATS[entry.dtype], n=n, k=k, has_bias=bias)
-    if layer.scheme.type == "int8":
-        return PackedModule(format="int8", n=n, k=k, scale_dtype="float32", has_bias=bias)
-    groups = store.entry(f"{module}.weight_scale").shape[1]
-    return PackedModule(
-        format="int4",
-        n=n,
-        k=2 * k,
-        group_size=2 * k // groups,
-        scale_dtype=layer.scheme.scale_dtype,
-        has_zero=not layer.scheme.symmetric,
-        has_bias=bias,
-    )
-
-
-def _write_native(parent: Artifact, work: Workspace, report: Reporter) -> int:
-    """Record the plan and stream the packed weights into one file; returns its bytes of weights."""
-    body = parent.checkpoint
-    store = TensorStore(parent.path)
-    quantized = {layer.module: layer for layer in body.quantization.layers} if body.quantization else {}
-    plan = record(body.spec)
-    modules = {name: _described(store, name, quantized.get(name), use.bias) for name, use in plan.matrices.items()}
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, described in modules.items():
-        for tensor, (dtype, elements) in packed_layout(name, described).items():
-            shapes[tensor] = (_CODES[dtype.name], (elements,))
-    for name, length in plan.vectors.items():
-        for tensor, array in pack_vector(name, np.zeros(length, np.float32)).items():
-            shapes[tensor] = (_CODES[array.dtype.name], array.shape)
-    total = len(modules) + len(plan.vectors)
-    with TensorWriter(work.file("model.safetensors"), shapes) as writer:
-        for done, (name, described) in enumerate(modules.items(), 1):
-            is_quantized = name in quantized
-            _, packed = pack_module(
-                name,
-                described.format,
-                _bits(store, f"{name}.weight"),
-                scale=_bits(store, f"{name}.weight_scale") if is_quantized else None,
-                zero=_bits(store, f"{name}.weight_zero") if described.has_zero else None,
-                bias=_float32(store, f"{name}.bias") if described.has_bias else None,
-            )
-            _write_all(writer, packed)
-            report.advance("packing", done, total, "modules")
-        for done, name in enumerate(plan.vectors, len(modules) + 1):
-            _write_all(writer, pack_vector(name, _float32(store, f"{name}.weight")))
-            report.advance("packing", done, total, "modules")
-    work.file(PLAN).write_text(plan.model_dump_json(indent=1) + "\n")
-    dumped = {name: described.model_dump(mode="json") for name, described in modules.items()}
-    work.file(MODULES).write_text(json.dumps(dumped, indent=1) + "\n")
-    sizes = {"F32": 4, "F16": 2, "U16": 2, "I8": 1, "U8": 1, "U32": 4}
-    return sum(sizes[code] * math.prod(shape) for code, shape in shapes.values())
-
-
-def _write_all(writer: TensorWriter, tensors: Mapping[str, NDArray[np.generic]]) -> None:
-    for name, array in tensors.items():
-        writer.write(name, array)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from trtllm_cli.errors import UnsupportedError
 
-ABI = 1
+ABI = 2
 _HERE = Path(__file__).resolve().parent
 _FLAGS = ("-O3", "-std=c++17", "-pthread", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast")
 _NAME = "libtrtllm_cli_native.so"
@@ -205,6 +205,8 @@ def _bind(path: Path, compiler: str, build_key: str, prebuilt: bool) -> NativeLi
         ("tn_add_vector", ctypes.c_int, (_POINTER, _POINTER)),
         ("tn_add_buffer", ctypes.c_int, (_POINTER, integer)),
         ("tn_add_rotary", ctypes.c_int, (_POINTER, _POINTER, _POINTER, integer)),
+        ("tn_add_order", ctypes.c_int, (_POINTER, _POINTER)),
+        ("tn_add_kv_scales", ctypes.c_int, (_POINTER, _POINTER, _POINTER)),
         ("tn_add_op", ctypes.c_int, (_POINTER, ctypes.POINTER(integer), ctypes.POINTER(number))),
         ("tn_finish", ctypes.c_int, (_POINTER,)),
         ("tn_forward", ctypes.c_int, (_POINTER, integer, _POINTER, _POINTER, _POINTER)),
@@ -213,8 +215,11 @@ def _bind(path: Path, compiler: str, build_key: str, prebuilt: bool) -> NativeLi
         ("tn_cache_bytes", integer, (_POINTER,)),
         ("tn_scratch_bytes", integer, (_POINTER,)),
         ("tn_poison", None, (_POINTER,)),
+        ("tn_gram", ctypes.c_int, (_POINTER, integer, _POINTER, integer, ctypes.c_int)),
         ("tn_test_linear", ctypes.c_int, (ctypes.c_int, *weight, _POINTER, _POINTER, integer, _POINTER)),
         ("tn_test_embedding", ctypes.c_int, (*weight, integer, _POINTER)),
+        ("tn_test_quantize", None, (ctypes.c_int, _POINTER, integer, number, _POINTER, _POINTER)),
+        ("tn_test_cached", None, (ctypes.c_int, _POINTER, integer, _POINTER)),
         ("tn_test_function", None, (ctypes.c_int, _POINTER, integer, _POINTER)),
     ):
         function = getattr(handle, name)

@@ -3,13 +3,16 @@
 Three rewrites, all exact. An input that one linear alone reads (a norm, a residual addition with its norm, a gated
 activation) becomes that linear's *prologue*: no barrier and no trip through memory stands between them. Rows whose
 logits nobody wants are dropped right after the last attention instead of just before the head. Activation buffers
-whose lives do not overlap share memory.
+whose lives do not overlap share memory. Modules of one input that take it in different ways (quantized by another
+scale, in another order) become linears of their own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
+from trtllm_cli.ops.native.packing import PackedModule
 from trtllm_cli.ops.native.plan import (
     AddNormOp,
     AttentionOp,
@@ -24,7 +27,17 @@ from trtllm_cli.ops.native.plan import (
 _KINDS = {"embedding": 0, "norm": 1, "add_norm": 2, "linear": 3, "gated": 4, "attention": 5, "gather": 6}
 _PROLOGUES = {"norm": 1, "add_norm": 2, "gated": 3}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+_QUANTIZED = {None: 0, "int8": 1, "fp8": 2}
 LOGITS = -1
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What a linear does to its input: take it in the order of a tensor, and quantize it (None: each row's scale)."""
+
+    order: str | None = None
+    activation: str | None = None
+    input_scale: float | None = None
 
 
 @dataclass
@@ -43,6 +56,7 @@ class Step:
     eps: float = 0.0
     prologue: str | None = None
     attention: AttentionOp | None = None
+    treatment: Treatment = Treatment()
 
 
 @dataclass(frozen=True)
@@ -51,12 +65,29 @@ class Program:
 
     matrices: tuple[str, ...]
     vectors: tuple[str, ...]
+    orders: tuple[str, ...]
     buffer_widths: tuple[int, ...]
-    ops: tuple[tuple[tuple[int, ...], tuple[float, float]], ...] = field(repr=False)
+    ops: tuple[tuple[tuple[int, ...], tuple[float, float, float]], ...] = field(repr=False)
 
 
-def _steps(plan: Plan) -> list[Step]:
-    return [_step(plan, op) for op in plan.ops]
+def _steps(plan: Plan, modules: Mapping[str, PackedModule]) -> list[Step]:
+    return [part for op in plan.ops for part in _treated(_step(plan, op), modules)]
+
+
+def _treated(step: Step, modules: Mapping[str, PackedModule]) -> list[Step]:
+    """A linear as one step for each way in which its modules take their input; an embedding with its order."""
+    if step.kind == "embedding":
+        step.treatment = Treatment(order=modules[step.matrices[0]].order)
+    if step.kind != "linear":
+        return [step]
+    parts: dict[Treatment, Step] = {}
+    for name, out in zip(step.matrices, step.writes, strict=True):
+        m = modules[name]
+        treatment = Treatment(m.order, m.activation, m.input_scale)
+        part = parts.setdefault(treatment, replace(step, matrices=(), writes=[], treatment=treatment))
+        part.matrices += (name,)
+        part.writes.append(out)
+    return list(parts.values())
 
 
 def _step(plan: Plan, op: PlanOp) -> Step:
@@ -174,22 +205,23 @@ def _place(steps: list[Step], widths: dict[str, int], logits: str) -> tuple[dict
     return placed, areas
 
 
-def lower(plan: Plan) -> Program:
-    """The program of a plan. Deterministic."""
+def lower(plan: Plan, modules: Mapping[str, PackedModule]) -> Program:
+    """The program of a plan with its weights packed as ``modules`` says. Deterministic."""
     widths = {name: buffer.width for name, buffer in plan.buffers.items()}
-    steps = _fuse(_gather_early(_steps(plan), widths), plan.logits)
+    steps = _fuse(_gather_early(_steps(plan, modules), widths), plan.logits)
     placed, areas = _place(steps, widths, plan.logits)
     matrices = tuple(plan.matrices)
     vectors = tuple(plan.vectors)
     matrix = {name: i for i, name in enumerate(matrices)}
     vector = {name: i for i, name in enumerate(vectors)}
+    orders = tuple(dict.fromkeys(s.treatment.order for s in steps if s.treatment.order is not None))
 
     def at(names: list[str], i: int) -> int:
         return placed[names[i]] if i < len(names) else -1
 
-    ops: list[tuple[tuple[int, ...], tuple[float, float]]] = []
+    ops: list[tuple[tuple[int, ...], tuple[float, float, float]]] = []
     for s in steps:
-        a = s.attention
+        a, t = s.attention, s.treatment
         linear = s.kind == "linear"
         # a prologue's row length is the linear's input; a plain step's is its own
         dim = plan.matrices[s.matrices[0]].k if linear else s.dim
@@ -205,6 +237,8 @@ def lower(plan: Plan) -> Program:
             vector[s.vector] if s.vector else -1,
             _ACTIVATIONS[s.activation] if s.activation else 0,
             a.rotary if a else -1,
+            orders.index(t.order) if t.order else -1,
+            _QUANTIZED[t.activation],
             int(s.outputs),
             dim,
             a.layer if a else 0,
@@ -219,5 +253,5 @@ def lower(plan: Plan) -> Program:
         if linear:
             for module, out in zip(s.matrices, s.writes, strict=True):
                 ints += [matrix[module], placed[out]]
-        ops.append((tuple(ints), (s.eps, a.scale if a else 1.0)))
-    return Program(matrices=matrices, vectors=vectors, buffer_widths=tuple(areas), ops=tuple(ops))
+        ops.append((tuple(ints), (s.eps, a.scale if a else 1.0, t.input_scale or 0.0)))
+    return Program(matrices=matrices, vectors=vectors, orders=orders, buffer_widths=tuple(areas), ops=tuple(ops))

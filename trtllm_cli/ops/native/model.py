@@ -11,7 +11,9 @@ must not change.
 Arithmetic. In the float32 mode activations are float32 throughout. In the bfloat16 mode products of up to four rows
 (decoding a few sequences) keep float32 activations, except against int4 weights, where each is the sum of two bfloat16
 numbers (relative error 2^-17); products of more rows round activations to bfloat16. Sums, norms, softmax and the
-residual are float32 always. Results are the same bits for any number of threads. A sequence's results depend on what
+residual are float32 always. Modules with quantized activations take int8 rows into exact integer sums, or E4M3 rows
+into float32 sums of exact products, times the scales of row and output. An int8 or fp8 cache rounds keys and values
+once, when they are written. Results are the same bits for any number of threads. A sequence's results depend on what
 else is in the batch only through the number of rows: up to four (eight in the float32 mode) decoding gives the same
 bits as alone, and beyond that the same bits for every larger batch.
 """
@@ -30,15 +32,16 @@ from trtllm_cli.errors import BadInputError, DoesNotFitError, UnsupportedError
 from trtllm_cli.models.rotary import tables
 from trtllm_cli.ops.native import library
 from trtllm_cli.ops.native.lowering import lower
-from trtllm_cli.ops.native.packing import PackedModule, packed_layout
+from trtllm_cli.ops.native.packing import PackedModule, kv_scale_names, packed_layout, padded
 from trtllm_cli.ops.native.plan import Plan
 from trtllm_cli.ops.segment import Segment
 
 Floats = NDArray[np.float32]
 Gemm = Literal["bfloat16", "float32"]
-KvDtype = Literal["float16", "float32"]
+KvDtype = Literal["float16", "float32", "int8", "fp8"]
 
-_FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
+_FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "fp8": 5, "int8_dot": 6}
+_CACHES = {"float16": 0, "float32": 1, "int8": 2, "fp8": 3}
 _WANTS = {"none": 0, "last": 1, "all": 2}
 _MAX_HEAD_DIM = 1024
 _BAD_INPUT, _DOES_NOT_FIT, _NO_MEMORY = 2, 3, 4
@@ -51,8 +54,9 @@ class NativeModel:
     (:mod:`trtllm_cli.ops.native.packing`). ``context`` positions for each of ``slots`` sequences are reserved but take
     memory only as they fill. ``gemm`` is the arithmetic of products of many rows: bfloat16 operands with float32
     sums (where the processor has them, else float32), or float32 (see the module). ``kv_dtype`` is how keys and values
-    are kept. ``threads`` defaults to the processors this process may use. ``chunk`` bounds the tokens of one pass,
-    and with them the scratch memory.
+    are kept; int8 and fp8 need the scales of each layer (:func:`~trtllm_cli.ops.native.packing.pack_kv_scales`).
+    ``threads`` defaults to the processors this process may use. ``chunk`` bounds the tokens of one pass, and with them
+    the scratch memory.
 
     Raises BadInputError where tensors do not fit the plan, UnsupportedError where there is no native library, and
     DoesNotFitError where the cache cannot be reserved. ``close()`` frees everything.
@@ -91,12 +95,13 @@ class NativeModel:
             plan.num_kv_heads,
             context,
             plan.head_dim,
-            int(kv_dtype == "float16"),
+            _CACHES[kv_dtype],
             ctypes.byref(handle),
         )
         self._checked(status)
         self._model = handle
         #: what products of many rows really use
+        self.kv_dtype = kv_dtype
         self.gemm: Gemm = "bfloat16" if gemm == "bfloat16" and self.library.isa == "avx512bf16" else "float32"
         try:
             self._load(plan, modules, tensors)
@@ -127,9 +132,9 @@ class NativeModel:
     # ---- loading ---------------------------------------------------------------------------------------------------
 
     def _load(self, plan: Plan, modules: Mapping[str, PackedModule], tensors: Mapping[str, NDArray[Any]]) -> None:
-        program = lower(plan)
-        for name in program.matrices:
+        for name in plan.matrices:
             self._add_matrix(plan, name, modules, tensors)
+        program = lower(plan, modules)
         for name in program.vectors:
             length = -(-plan.vectors[name] // 16) * 16
             values = self._tensor(tensors, f"{name}.weight", np.dtype(np.float32), length)
@@ -140,9 +145,13 @@ class NativeModel:
             cos, sin = (np.ascontiguousarray(t, dtype=np.float32) for t in tables(rotary, self.context))
             self._kept += [cos, sin]
             self._checked(self._c.tn_add_rotary(self._model, cos.ctypes.data, sin.ctypes.data, rotary.dim))
+        for name in program.orders:
+            self._add_order(name, modules, tensors)
+        if self.kv_dtype in ("int8", "fp8"):
+            self._add_kv_scales(plan, tensors)
         for ints, floats in program.ops:
             packed_ints = (ctypes.c_int64 * len(ints))(*ints)
-            self._checked(self._c.tn_add_op(self._model, packed_ints, (ctypes.c_float * 2)(*floats)))
+            self._checked(self._c.tn_add_op(self._model, packed_ints, (ctypes.c_float * 3)(*floats)))
         self._checked(self._c.tn_finish(self._model))
 
     def _add_matrix(
@@ -180,6 +189,21 @@ class NativeModel:
                 address("bias"),
             )
         )
+
+    def _add_order(self, name: str, modules: Mapping[str, PackedModule], tensors: Mapping[str, NDArray[Any]]) -> None:
+        (k, *others) = {module.k for module in modules.values() if module.order == name}
+        order = self._tensor(tensors, name, np.dtype(np.int32), padded(k, 4))
+        if others or not np.array_equal(np.sort(order[:k]), np.arange(k)):
+            raise BadInputError(
+                "ENGINE_ORDER", f"tensor {name} is not an order of {k} inputs for all its modules", "build it again"
+            )
+        self._checked(self._c.tn_add_order(self._model, order.ctypes.data))
+
+    def _add_kv_scales(self, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> None:
+        for layer in range(plan.num_layers):
+            size = padded(plan.num_kv_heads, 4)
+            scales = [self._tensor(tensors, name, np.dtype(np.float32), size) for name in kv_scale_names(layer)]
+            self._checked(self._c.tn_add_kv_scales(self._model, *(array.ctypes.data for array in scales)))
 
     def _tensor(self, tensors: Mapping[str, NDArray[Any]], name: str, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
         array = tensors.get(name)

@@ -1,4 +1,9 @@
-"""Quantization methods, one file each. :mod:`trtllm_cli.quantize.methods.base` says what a method provides."""
+"""Quantization methods, one file each.
+
+Methods that round a weight to a storage scheme provide :class:`~trtllm_cli.quantize.methods.base.WeightMethod` and are
+found here by name; the calibrated ones (smoothquant, gptq, awq, kv_cache) are functions that
+:mod:`trtllm_cli.quantize.layerwise` calls.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +15,12 @@ from trtllm_cli.quantize.methods.base import WeightMethod
 _MODULES = {
     "int8-weight-only": "int8_weight_only",
     "int4-weight-only": "int4_weight_only",
+    "fp8": "fp8",
 }
 
 
 def names() -> tuple[str, ...]:
-    """Every method of this version."""
+    """Every method that rounds without calibration data."""
     return tuple(_MODULES)
 
 

@@ -37,6 +37,9 @@ class WeightMethod(Protocol):
         """suffix -> (safetensors dtype code, shape) of what :meth:`quantize` makes for the whole weight."""
         ...
 
-    def quantize(self, rows: torch.Tensor, scheme: WeightScheme) -> QuantizedRows:
-        """Quantize float32 rows [n, K]."""
+    def quantize(self, rows: torch.Tensor, scheme: WeightScheme, search: bool = False) -> QuantizedRows:
+        """Quantize float32 rows [n, K]; with ``search`` each scale is the one with the least squared error.
+
+        With one scale per tensor ``rows`` must be the whole weight.
+        """
         ...

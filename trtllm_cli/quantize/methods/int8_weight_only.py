@@ -2,6 +2,8 @@
 
 scale = max|w| / 127, q = round(w / scale) in -127..127 (round half to even). The code -128 stays unused so that
 negation is exact. An all-zero row gets scale 1.
+With ``search`` each scale is the one of least squared error among shrunken ranges, large weights counting more
+(:mod:`trtllm_cli.quantize.methods.grid`).
 """
 
 from __future__ import annotations
@@ -26,14 +28,11 @@ class Int8WeightOnly:
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {"weight": ("I8", (out_features, in_features)), "weight_scale": ("F32", (out_features,))}
 
-    def quantize(self, rows: torch.Tensor, scheme: WeightScheme) -> QuantizedRows:
-        import torch
+    def quantize(self, rows: torch.Tensor, scheme: WeightScheme, search: bool = False) -> QuantizedRows:
+        from trtllm_cli.quantize.methods.grid import encode, fit, pack
 
-        largest = rows.abs().amax(dim=1)
-        # below the smallest normal float a division would overflow: such a row is zero for every purpose
-        scale = torch.where(largest > torch.finfo(torch.float32).tiny * 127, largest / 127, torch.ones_like(largest))
-        values = (rows / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-        return QuantizedRows({"weight": values, "weight_scale": scale}, values.float() * scale[:, None])
+        grid = fit(rows, scheme, None, search)
+        return pack(encode(rows, grid), grid, scheme)
 
 
 METHOD = Int8WeightOnly()

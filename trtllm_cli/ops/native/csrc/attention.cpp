@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cached.h"
 #include "small.h"
 
 namespace tn {
@@ -10,19 +11,6 @@ namespace tn {
 namespace {
 
 constexpr float kNone = -1e30f;  // below every score, and finite so that differences of two are numbers
-
-template <class T>
-struct Stored;
-template <>
-struct Stored<uint16_t> {
-    static TN_INLINE v16 get(const uint16_t* p) { return load_halves(p); }
-    static TN_INLINE void put(uint16_t* p, v16 v) { store_halves(p, v); }
-};
-template <>
-struct Stored<float> {
-    static TN_INLINE v16 get(const float* p) { return load(p); }
-    static TN_INLINE void put(float* p, v16 v) { store(p, v); }
-};
 
 void rotate(float* x, const float* cos, const float* sin, int64_t half) {
     int64_t i = 0;
@@ -40,7 +28,7 @@ void rotate(float* x, const float* cos, const float* sin, int64_t half) {
 
 template <class T>
 void write_cache(const KvStore& kv, int64_t slot, int64_t layer, int64_t head, int64_t position, const float* k,
-                 const float* v) {
+                 const float* v, float k_scale, float v_scale) {
     const int64_t width = kv.width;
     T* keys = (T*)kv.keys(slot, layer, head) + position / kLanes * width * kLanes + position % kLanes;
     T* values = (T*)kv.values(slot, layer, head) + position * width;
@@ -48,9 +36,9 @@ void write_cache(const KvStore& kv, int64_t slot, int64_t layer, int64_t head, i
     for (int64_t d = 0; d < kv.head_dim; d += kLanes) {
         const int count = (int)std::min<int64_t>(kLanes, kv.head_dim - d);
         T row[kLanes];
-        Stored<T>::put(row, load_part(k + d, count));
+        Stored<T>::put(row, load_part(k + d, count) / k_scale);
         for (int i = 0; i < count; ++i) keys[(d + i) * kLanes] = row[i];
-        Stored<T>::put(values + d, load_part(v + d, count));
+        Stored<T>::put(values + d, load_part(v + d, count) / v_scale);
     }
 }
 
@@ -144,7 +132,17 @@ void attend_stored(const AttentionShape& s, const KvStore& kv, int64_t slot, int
     }
 }
 
+// What stored numbers of a head must be multiplied by to be keys or values.
+float cache_factor(const KvStore& kv, const float* scales, int64_t head) {
+    if (kv.type == kInt8Cache) return scales[head];
+    return kv.type == kE4m3Cache ? scales[head] * kE4m3Unit : 1.0f;
+}
+
 }  // namespace
+
+float value_factor(const AttentionShape& s, const KvStore& kv, int64_t kv_head) {
+    return cache_factor(kv, s.v_scale, kv_head);
+}
 
 void KvStore::allocate() {
     positions = (context + kBlock - 1) / kBlock * kBlock;
@@ -166,19 +164,25 @@ void KvStore::copy(int64_t source, int64_t target, int64_t length) const {
 void prepare_heads(const AttentionShape& s, const KvStore& kv, int64_t slot, int64_t kv_head, int64_t position,
                    float* q, const float* k, const float* v) {
     const int64_t dim = s.head_dim, half = s.rotary / 2, group = s.heads / s.kv_heads;
+    const float scale = s.scale * cache_factor(kv, s.k_scale, kv_head);
     const float *cos = s.cos + position * half, *sin = s.sin + position * half;
     for (int64_t h = 0; h < group; ++h) {
         float* head = q + (kv_head * group + h) * dim;
         if (s.q_norm) rms_norm(head, s.q_norm, s.eps, dim, head);
         rotate(head, cos, sin, half);
-        for (int64_t d = 0; d < dim; ++d) head[d] *= s.scale;
+        for (int64_t d = 0; d < dim; ++d) head[d] *= scale;
     }
     float key[1024];
     std::memcpy(key, k + kv_head * dim, sizeof(float) * (size_t)dim);
     if (s.k_norm) rms_norm(key, s.k_norm, s.eps, dim, key);
     rotate(key, cos, sin, half);
-    if (kv.half) write_cache<uint16_t>(kv, slot, s.layer, kv_head, position, key, v + kv_head * dim);
-    else write_cache<float>(kv, slot, s.layer, kv_head, position, key, v + kv_head * dim);
+    const float* const row = key;
+    with_element(kv.type, [&](auto element) {
+        typedef decltype(element) T;
+        const bool scaled = sizeof(T) == 1;
+        write_cache<T>(kv, slot, s.layer, kv_head, position, row, v + kv_head * dim,
+                       scaled ? s.k_scale[kv_head] : 1.0f, scaled ? s.v_scale[kv_head] : 1.0f);
+    });
 }
 
 void attend_one(const AttentionShape& s, const KvStore& kv, int64_t slot, int64_t kv_head, int64_t first, int64_t last,
@@ -186,13 +190,15 @@ void attend_one(const AttentionShape& s, const KvStore& kv, int64_t slot, int64_
     const int64_t group = s.heads / s.kv_heads, lds = kv.width + 2, ldp = kChunk + 2 * kLanes;
     float* p = scratch.get<float>((size_t)(4 * ldp + group * lds));
     float* sums = partial ? partial : p + 4 * ldp;
-    if (kv.half) attend_stored<uint16_t>(s, kv, slot, kv_head, first, last, q, sums, p, ldp);
-    else attend_stored<float>(s, kv, slot, kv_head, first, last, q, sums, p, ldp);
+    with_element(kv.type, [&](auto element) {
+        attend_stored<decltype(element)>(s, kv, slot, kv_head, first, last, q, sums, p, ldp);
+    });
     if (partial) return;
-    for (int64_t h = 0; h < group; ++h) combine(kv, sums + h * lds, 0, 1, out + h * s.head_dim);
+    const float factor = value_factor(s, kv, kv_head);
+    for (int64_t h = 0; h < group; ++h) combine(kv, sums + h * lds, 0, 1, factor, out + h * s.head_dim);
 }
 
-void combine(const KvStore& kv, const float* partial, int64_t stride, int64_t chunks, float* out) {
+void combine(const KvStore& kv, const float* partial, int64_t stride, int64_t chunks, float factor, float* out) {
     const int64_t width = kv.width;
     float most = kNone;
     for (int64_t c = 0; c < chunks; ++c) most = std::max(most, partial[c * stride + width]);
@@ -203,7 +209,7 @@ void combine(const KvStore& kv, const float* partial, int64_t stride, int64_t ch
         v16 sum{};
         for (int64_t c = 0; c < chunks; ++c)
             sum = fma(load(partial + c * stride + d), splat(std::exp(partial[c * stride + width] - most)), sum);
-        store_part(out + d, sum / total, (int)std::min<int64_t>(kLanes, kv.head_dim - d));
+        store_part(out + d, sum * factor / total, (int)std::min<int64_t>(kLanes, kv.head_dim - d));
     }
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "attention.h"
+#include "cached.h"
 
 namespace tn {
 
@@ -10,8 +11,10 @@ namespace {
 
 constexpr float kNone = -1e30f;
 
-TN_INLINE v16 stored(const uint16_t* p) { return load_halves(p); }
-TN_INLINE v16 stored(const float* p) { return load(p); }
+template <class T>
+TN_INLINE v16 stored(const T* p) {
+    return Stored<T>::get(p);
+}
 
 // Sixteen-lane panels of a block of the cache as operands: keys are [D][16] a panel already, values become
 // [positions][16] a panel of sixteen elements.
@@ -61,6 +64,7 @@ void many(const AttentionShape& s, const KvStore& kv, int64_t slot, int64_t kv_h
     const int64_t dim = s.head_dim, width = kv.width, group = s.heads / s.kv_heads, rows = count * group;
     const T* keys = (const T*)kv.keys(slot, s.layer, kv_head);
     const T* values = (const T*)kv.values(slot, s.layer, kv_head);
+    const float values_by = value_factor(s, kv, kv_head);
     float* f = scratch.get<float>((size_t)(rows * (2 * width + 2 * kBlock + 2) + 2 * kBlock * width));
     float* scores = f;
     float* sums = scores + rows * kBlock;
@@ -117,7 +121,7 @@ void many(const AttentionShape& s, const KvStore& kv, int64_t slot, int64_t kv_h
     }
     for (int64_t r = 0; r < rows; ++r) {
         float* head = out + r / group * ldo + (kv_head * group + r % group) * dim;
-        const float factor = 1.0f / total[r];
+        const float factor = values_by / total[r];
         for (int64_t d = 0; d < dim; d += kLanes)
             store_part(head + d, load(sums + r * width + d) * factor, (int)std::min<int64_t>(kLanes, dim - d));
     }
@@ -127,13 +131,11 @@ void many(const AttentionShape& s, const KvStore& kv, int64_t slot, int64_t kv_h
 
 void attend_many(const AttentionShape& s, const KvStore& kv, bool bf16, int64_t slot, int64_t kv_head, int64_t position,
                  int64_t count, const float* q, int64_t ldq, float* out, int64_t ldo, Scratch& scratch) {
-    if (bf16) {
-        if (kv.half) many<uint16_t, uint16_t>(s, kv, slot, kv_head, position, count, q, ldq, out, ldo, scratch);
-        else many<float, uint16_t>(s, kv, slot, kv_head, position, count, q, ldq, out, ldo, scratch);
-    } else {
-        if (kv.half) many<uint16_t, float>(s, kv, slot, kv_head, position, count, q, ldq, out, ldo, scratch);
-        else many<float, float>(s, kv, slot, kv_head, position, count, q, ldq, out, ldo, scratch);
-    }
+    with_element(kv.type, [&](auto element) {
+        typedef decltype(element) T;
+        if (bf16) many<T, uint16_t>(s, kv, slot, kv_head, position, count, q, ldq, out, ldo, scratch);
+        else many<T, float>(s, kv, slot, kv_head, position, count, q, ldq, out, ldo, scratch);
+    });
 }
 
 }  // namespace tn

@@ -18,6 +18,7 @@ constexpr int64_t kDepth = 2048;
 // What happens to sums before they are stored.
 struct Finish {
     const float* scale = nullptr;  // per column, or none
+    const float* rows = nullptr;   // per row, or none
     const float* bias = nullptr;
     int64_t width = INT64_MAX;  // columns that exist
     bool accumulate = false;
@@ -79,12 +80,13 @@ void micro(const typename Kind<BF16>::Element* a, int64_t lda, const typename Ki
         for (int m = 0; m < ROWS; ++m) {
             float* at = c + m * ldc + p * kLanes;
             v16 value = acc[m][p];
+            const v16 factor = finish.rows ? scale * finish.rows[m] : scale;
             if (width == kLanes) {
                 if (finish.accumulate) value += load(at);
-                store(at, fma(value, scale, bias));
+                store(at, fma(value, factor, bias));
             } else {
                 if (finish.accumulate) value += load_part(at, width);
-                store_part(at, fma(value, scale, bias), width);
+                store_part(at, fma(value, factor, bias), width);
             }
         }
     }
@@ -92,10 +94,12 @@ void micro(const typename Kind<BF16>::Element* a, int64_t lda, const typename Ki
 
 template <bool BF16, int PANELS>
 void strip(const typename Kind<BF16>::Element* a, int64_t lda, int64_t rows, const typename Kind<BF16>::Element* b,
-           int64_t bstride, int64_t k, float* c, int64_t ldc, const Finish& finish) {
+           int64_t bstride, int64_t k, float* c, int64_t ldc, Finish finish) {
     int64_t m = 0;
-    for (; m + kRows <= rows; m += kRows)
+    for (; m + kRows <= rows; m += kRows) {
         micro<BF16, kRows, PANELS>(a + m * lda, lda, b, bstride, k, c + m * ldc, ldc, finish);
+        if (finish.rows) finish.rows += kRows;
+    }
     a += m * lda;
     c += m * ldc;
     switch (rows - m) {
@@ -131,8 +135,8 @@ void tile(const typename Kind<BF16>::Element* a, int64_t lda, int64_t rows, cons
 }
 
 template <bool BF16>
-void product(const Weight& w, const typename Kind<BF16>::Element* a, int64_t lda, int64_t m0, int64_t m1, float* y,
-             int64_t ldy, int64_t first, int count, PanelCache& cache) {
+void product(const Weight& w, const typename Kind<BF16>::Element* a, int64_t lda, const float* scales, int64_t m0,
+             int64_t m1, float* y, int64_t ldy, int64_t first, int count, PanelCache& cache) {
     typedef typename Kind<BF16>::Element Element;
     constexpr int64_t step = Kind<BF16>::kStep;
     // a group that is no multiple of eight inputs can only be entered at its start
@@ -169,7 +173,8 @@ void product(const Weight& w, const typename Kind<BF16>::Element* a, int64_t lda
         }
         finish.accumulate = k0 > 0;
         if (k1 == w.k) {
-            finish.scale = w.format == kInt8 ? (const float*)w.scale + column : nullptr;
+            finish.scale = w.format == kInt8 || w.format == kE4m3 ? (const float*)w.scale + column : nullptr;
+            finish.rows = scales ? scales + m0 : nullptr;
             finish.bias = w.bias ? w.bias + column : nullptr;
         }
         tile<BF16>(a + m0 * lda + k0, lda, m1 - m0, b, bstride, count, padded, y + m0 * ldy + column, ldy, finish);
@@ -192,10 +197,10 @@ void tile_bf16(const uint16_t* a, int64_t lda, int64_t rows, const uint16_t* b, 
     tile<true>(a, lda, rows, b, bstride, panels, k, c, ldc, finish);
 }
 
-void gemm(const Weight& w, bool bf16, const void* a, int64_t lda, int64_t m0, int64_t m1, float* y, int64_t ldy,
-          int64_t first, int count, PanelCache& cache) {
-    if (bf16) product<true>(w, (const uint16_t*)a, lda, m0, m1, y, ldy, first, count, cache);
-    else product<false>(w, (const float*)a, lda, m0, m1, y, ldy, first, count, cache);
+void gemm(const Weight& w, bool bf16, const void* a, int64_t lda, const float* scales, int64_t m0, int64_t m1, float* y,
+          int64_t ldy, int64_t first, int count, PanelCache& cache) {
+    if (bf16) product<true>(w, (const uint16_t*)a, lda, scales, m0, m1, y, ldy, first, count, cache);
+    else product<false>(w, (const float*)a, lda, scales, m0, m1, y, ldy, first, count, cache);
 }
 
 }  // namespace tn

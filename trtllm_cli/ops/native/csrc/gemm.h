@@ -29,8 +29,8 @@ struct PanelCache {
 constexpr int kGemmPanels = 4;  // panels a task: as wide as the register tile
 
 // Rows [m0, m1) and panels [first, first + count) of y = a @ w.T, scaled and with bias. `a` is float32 or bfloat16
-// (`bf16`), [rows][lda], zero in the element after an odd k.
-void gemm(const Weight& w, bool bf16, const void* a, int64_t lda, int64_t m0, int64_t m1, float* y, int64_t ldy,
-          int64_t first, int count, PanelCache& cache);
+// (`bf16`), [rows][lda], zero in the element after an odd k. `scales` of the rows, or null.
+void gemm(const Weight& w, bool bf16, const void* a, int64_t lda, const float* scales, int64_t m0, int64_t m1, float* y,
+          int64_t ldy, int64_t first, int count, PanelCache& cache);
 
 }  // namespace tn

@@ -3,6 +3,8 @@
 // does not depend on how many others are decoded with it.
 #include "gemv.h"
 
+#include "eight.h"
+
 namespace tn {
 
 namespace {
@@ -16,17 +18,27 @@ TN_INLINE v16 weight_at(const char* panel, int64_t k) {
 }
 
 template <int F, int ROWS, int PANELS>
-void plain(const Weight& w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t first) {
+void plain(const Weight& w, const float* x, int64_t ldx, const float* scales, float* y, int64_t ldy, int64_t first) {
     v16 acc[PANELS][ROWS][2] = {};
     const char* panel[PANELS];
     for (int p = 0; p < PANELS; ++p) panel[p] = w.panel(first + p);
     const int64_t ahead = prefetch_distance(w, PANELS);
-    if (F == kBfloat16) {
+    if (F == kBfloat16 || F == kE4m3) {
+        constexpr int64_t step = F == kE4m3 ? 32 : 64;
+        const auto pair_at = [&](int p, int64_t i, v16& even, v16& odd) {
+            if (F == kE4m3) {
+                load_e4m3_pairs(panel[p] + i * step, even, odd);
+                return;
+            }
+            const v16u both = (v16u)load_words(panel[p] + i * step);
+            even = (v16)(both << 16);
+            odd = (v16)(both & 0xffff0000u);
+        };
         for (int64_t i = 0; i < w.k / 2; ++i) {
             for (int p = 0; p < PANELS; ++p) {
-                prefetch(panel[p] + i * 64 + ahead);
-                const v16u both = (v16u)load_words(panel[p] + i * 64);
-                const v16 even = (v16)(both << 16), odd = (v16)(both & 0xffff0000u);
+                prefetch(panel[p] + i * step + ahead);
+                v16 even, odd;
+                pair_at(p, i, even, odd);
                 for (int m = 0; m < ROWS; ++m) {
                     acc[p][m][0] = fma(even, splat(x[m * ldx + 2 * i]), acc[p][m][0]);
                     acc[p][m][1] = fma(odd, splat(x[m * ldx + 2 * i + 1]), acc[p][m][1]);
@@ -35,7 +47,8 @@ void plain(const Weight& w, const float* x, int64_t ldx, float* y, int64_t ldy, 
         }
         if (w.k % 2) {
             for (int p = 0; p < PANELS; ++p) {
-                const v16 even = (v16)((v16u)load_words(panel[p] + w.k / 2 * 64) << 16);
+                v16 even, odd;
+                pair_at(p, w.k / 2, even, odd);
                 for (int m = 0; m < ROWS; ++m) acc[p][m][0] = fma(even, splat(x[m * ldx + w.k - 1]), acc[p][m][0]);
             }
         }
@@ -63,11 +76,14 @@ void plain(const Weight& w, const float* x, int64_t ldx, float* y, int64_t ldy, 
     for (int p = 0; p < PANELS; ++p) {
         const int64_t column = (first + p) * kLanes;
         const int width = (int)(w.n - column < kLanes ? w.n - column : kLanes);
-        const v16 scale = F == kInt8 ? load((const float*)w.scale + column) : splat(1.0f);
+        const bool scaled = F == kInt8 || F == kE4m3;
+        v16 scale = scaled ? load((const float*)w.scale + column) : splat(1.0f);
+        if (F == kE4m3) scale *= kE4m3Unit;
         const v16 bias = w.bias ? load(w.bias + column) : v16{};
         for (int m = 0; m < ROWS; ++m) {
             const v16 sum = acc[p][m][0] + acc[p][m][1];
-            const v16 value = F == kInt8 ? fma(sum, scale, bias) : sum + bias;
+            const v16 factor = F == kE4m3 && scales ? scale * scales[m] : scale;
+            const v16 value = scaled ? fma(sum, factor, bias) : sum + bias;
             if (width == kLanes) store(y + m * ldy + column, value);
             else store_part(y + m * ldy + column, value, width);
         }
@@ -147,46 +163,47 @@ void int4(const Weight& w, const float* x, int64_t ldx, const float* sums, float
 }
 
 template <int F, int ROWS, int PANELS>
-TN_INLINE void block(const Weight& w, const float* x, int64_t ldx, const float* sums, float* y, int64_t ldy,
-                     int64_t first) {
+TN_INLINE void block(const Weight& w, const float* x, int64_t ldx, const float* sums,
+                     const float* scales, float* y, int64_t ldy, int64_t first) {
     if (F == kInt4) int4<ROWS, PANELS>(w, x, ldx, sums, y, ldy, first);
-    else plain<F, ROWS, PANELS>(w, x, ldx, y, ldy, first);
+    else plain<F, ROWS, PANELS>(w, x, ldx, scales, y, ldy, first);
 }
 
 template <int F, int ROWS>
-void run(const Weight& w, const float* x, int64_t ldx, const float* sums, float* y, int64_t ldy, int64_t first,
-         int64_t last) {
+void run(const Weight& w, const float* x, int64_t ldx, const float* sums, const float* scales, float* y,
+         int64_t ldy, int64_t first, int64_t last) {
     // enough independent chains to hide the latency of the multiply-add, few enough to stay in registers
     constexpr int wide = ROWS == 1 ? 4 : ROWS <= 3 ? 2 : 1;
-    for (; first + wide <= last; first += wide) block<F, ROWS, wide>(w, x, ldx, sums, y, ldy, first);
-    for (; first < last; ++first) block<F, ROWS, 1>(w, x, ldx, sums, y, ldy, first);
+    for (; first + wide <= last; first += wide) block<F, ROWS, wide>(w, x, ldx, sums, scales, y, ldy, first);
+    for (; first < last; ++first) block<F, ROWS, 1>(w, x, ldx, sums, scales, y, ldy, first);
 }
 
 template <int F>
-void rows_of(const Weight& w, const float* x, int64_t ldx, int rows, const float* sums, float* y, int64_t ldy,
-             int64_t first, int64_t last) {
+void rows_of(const Weight& w, const float* x, int64_t ldx, int rows, const float* sums, const float* scales, float* y,
+             int64_t ldy, int64_t first, int64_t last) {
     switch (rows) {
-        case 1: return run<F, 1>(w, x, ldx, sums, y, ldy, first, last);
-        case 2: return run<F, 2>(w, x, ldx, sums, y, ldy, first, last);
-        case 3: return run<F, 3>(w, x, ldx, sums, y, ldy, first, last);
-        case 4: return run<F, 4>(w, x, ldx, sums, y, ldy, first, last);
-        case 5: return run<F, 5>(w, x, ldx, sums, y, ldy, first, last);
-        case 6: return run<F, 6>(w, x, ldx, sums, y, ldy, first, last);
-        case 7: return run<F, 7>(w, x, ldx, sums, y, ldy, first, last);
-        default: return run<F, 8>(w, x, ldx, sums, y, ldy, first, last);
+        case 1: return run<F, 1>(w, x, ldx, sums, scales, y, ldy, first, last);
+        case 2: return run<F, 2>(w, x, ldx, sums, scales, y, ldy, first, last);
+        case 3: return run<F, 3>(w, x, ldx, sums, scales, y, ldy, first, last);
+        case 4: return run<F, 4>(w, x, ldx, sums, scales, y, ldy, first, last);
+        case 5: return run<F, 5>(w, x, ldx, sums, scales, y, ldy, first, last);
+        case 6: return run<F, 6>(w, x, ldx, sums, scales, y, ldy, first, last);
+        case 7: return run<F, 7>(w, x, ldx, sums, scales, y, ldy, first, last);
+        default: return run<F, 8>(w, x, ldx, sums, scales, y, ldy, first, last);
     }
 }
 
 }  // namespace
 
-void gemv(const Weight& w, const float* x, int64_t ldx, int rows, const float* sums, float* y, int64_t ldy,
-          int64_t first, int64_t last) {
+void gemv(const Weight& w, const float* x, int64_t ldx, int rows, const float* sums, const float* scales, float* y,
+          int64_t ldy, int64_t first, int64_t last) {
     switch (w.format) {
-        case kFloat32: return rows_of<kFloat32>(w, x, ldx, rows, sums, y, ldy, first, last);
-        case kBfloat16: return rows_of<kBfloat16>(w, x, ldx, rows, sums, y, ldy, first, last);
-        case kFloat16: return rows_of<kFloat16>(w, x, ldx, rows, sums, y, ldy, first, last);
-        case kInt8: return rows_of<kInt8>(w, x, ldx, rows, sums, y, ldy, first, last);
-        default: return rows_of<kInt4>(w, x, ldx, rows, sums, y, ldy, first, last);
+        case kFloat32: return rows_of<kFloat32>(w, x, ldx, rows, sums, scales, y, ldy, first, last);
+        case kBfloat16: return rows_of<kBfloat16>(w, x, ldx, rows, sums, scales, y, ldy, first, last);
+        case kFloat16: return rows_of<kFloat16>(w, x, ldx, rows, sums, scales, y, ldy, first, last);
+        case kE4m3: return rows_of<kE4m3>(w, x, ldx, rows, sums, scales, y, ldy, first, last);
+        case kInt8: return rows_of<kInt8>(w, x, ldx, rows, sums, scales, y, ldy, first, last);
+        default: return rows_of<kInt4>(w, x, ldx, rows, sums, scales, y, ldy, first, last);
     }
 }
 

@@ -7,10 +7,10 @@ namespace tn {
 constexpr int kGemvRows = 8;  // the most rows these kernels take
 
 // y[m][16 * p + lane] for panels [first, last): float32 activations x [rows][k] (row stride ldx) times dequantised
-// weights. `sums` [rows][groups] holds the sums of x over each group of an int4 weight with zero points. Columns beyond
-// n are not written.
-void gemv(const Weight& w, const float* x, int64_t ldx, int rows, const float* sums, float* y, int64_t ldy,
-          int64_t first, int64_t last);
+// weights. `sums` [rows][groups] holds the sums of x over each group of an int4 weight with zero points; `scales` those of
+// the rows of an E4M3 weight, or null. Columns beyond n are not written. Not for kInt8Dot.
+void gemv(const Weight& w, const float* x, int64_t ldx, int rows, const float* sums, const float* scales, float* y,
+          int64_t ldy, int64_t first, int64_t last);
 void group_sums(const Weight& w, const float* x, int64_t ldx, int rows, float* sums);
 
 // The same for int4 in bfloat16 dot products: each activation is the sum of two bfloat16 numbers (16 bits of mantissa),

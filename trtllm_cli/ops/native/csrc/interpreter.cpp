@@ -7,10 +7,6 @@ namespace tn {
 
 namespace {
 
-constexpr int64_t kGemmTaskRows = 96;
-// up to here a product is bound by reading weights and float32 activations cost nothing; bfloat16 tiles win earlier
-constexpr int64_t kFewRows = 8, kFewRowsBf16 = 4;
-constexpr int64_t kPrefetchBytes = 65536, kPrefetchIdleBytes = 131072;
 
 void prefetch_range(const char* at, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
@@ -34,7 +30,11 @@ void Model::run_ops(Worker& worker) {
         switch (op.kind) {
             case kEmbedding:
                 each_row([&](int64_t r) {
-                    embedding_row(weights[(size_t)op.weight], pass_.token_ids[(size_t)r], buffers_[op.out].row(r));
+                    float* out = buffers_[op.out].row(r);
+                    const bool ordered = op.order >= 0;
+                    float* row = ordered ? local.whole.get<float>((size_t)op.dim) : out;
+                    embedding_row(weights[(size_t)op.weight], pass_.token_ids[(size_t)r], row);
+                    for (int64_t i = 0; ordered && i < op.dim; ++i) out[orders[(size_t)op.order][i]] = row[i];
                 });
                 break;
             case kNorm:
@@ -62,22 +62,6 @@ void Model::run_ops(Worker& worker) {
             case kLinear: linear(op, next, worker, local); break;
             case kAttention: attention(op, next, worker, local); break;
         }
-    }
-}
-
-// The input of a linear, row r, as float32 into `out`.
-void Model::make_row(const Op& op, int64_t r, float* out, bool keep_total) const {
-    switch (op.prologue) {
-        case kNormInput: rms_norm(buffers_[op.x].row(r), vectors[op.vector], op.eps, op.dim, out); break;
-        case kAddNormInput:
-            add_rms_norm(buffers_[op.x].row(r), buffers_[op.y].row(r),
-                         keep_total && op.total >= 0 ? buffers_[op.total].row(r) : nullptr,
-                         vectors[op.vector], op.eps, op.dim, out);
-            break;
-        case kGatedInput:
-            gated(buffers_[op.x].row(r), buffers_[op.y].row(r), op.activation, op.dim, out);
-            break;
-        default: std::memcpy(out, buffers_[op.x].row(r), sizeof(float) * (size_t)op.dim);
     }
 }
 
@@ -119,102 +103,16 @@ void Model::prefetch_cache(const Op* next, const Worker& worker, int64_t bytes) 
     }
 }
 
-void Model::linear(const Op& op, const Op* next, Worker& worker, Local& local) {
-    const int64_t rows = op.outputs ? pass_.outputs : pass_.tokens;
-    const int64_t k = op.dim, padded = (k + kLanes - 1) / kLanes * kLanes;
-    int64_t panels = 0;
-    for (const Part& part : op.parts) panels += weights[(size_t)part.weight].panels();
-    const auto output = [&](const Part& part, int64_t& ldy) {
-        ldy = part.out < 0 ? vocab_ : buffers_[part.out].stride;
-        return part.out < 0 ? pass_.logits : buffers_[part.out].row(0);
-    };
-    if (rows <= (bf16_ ? kFewRowsBf16 : kFewRows)) {
-        const float* x = op.prologue == kPlainInput ? buffers_[op.x].row(0) : nullptr;
-        int64_t ldx = op.prologue == kPlainInput ? buffers_[op.x].stride : padded;
-        if (!x && rows <= 2) {
-            // cheaper to do everywhere than to wait for each other; one thread keeps the sum
-            float* own = local.rows.get<float>((size_t)(kGemvRows * padded));
-            for (int64_t r = 0; r < rows; ++r) make_row(op, r, own + r * padded, worker.index == 0);
-            x = own;
-        } else if (!x) {
-            worker.share(rows, 1, [&](int64_t r, int64_t) { make_row(op, r, input_.floats() + r * padded, true); });
-            worker.barrier();
-            x = input_.floats();
-        }
-        prefetch_cache(next, worker, 2 * kPrefetchIdleBytes);
-        // the bfloat16 mode reads int4 weights as bfloat16, against activations in two parts
-        uint32_t* halves = nullptr;
-        for (const Part& part : op.parts) {
-            if (halves || !bf16_ || !can_split(weights[(size_t)part.weight])) continue;
-            halves = local.halves.get<uint32_t>((size_t)(kGemvRows * k));
-            split(x, ldx, (int)rows, k, halves);
-        }
-        worker.share(panels, 4, [&](int64_t first, int64_t last) {
-            int64_t base = 0;
-            for (const Part& part : op.parts) {
-                const Weight& w = weights[(size_t)part.weight];
-                const int64_t a = std::max(first, base) - base, b = std::min(last, base + w.panels()) - base;
-                base += w.panels();
-                if (a >= b) continue;
-                float* sums = nullptr;
-                if (w.zero) {
-                    sums = local.sums.get<float>((size_t)(kGemvRows * w.groups()));
-                    group_sums(w, x, ldx, (int)rows, sums);
-                }
-                int64_t ldy;
-                float* y = output(part, ldy);
-                if (halves && can_split(w)) gemv_split(w, halves, (int)rows, sums, y, ldy, a, b);
-                else gemv(w, x, ldx, (int)rows, sums, y, ldy, a, b);
-            }
-        });
-        prefetch_weights(next, worker, kPrefetchBytes);
-        worker.barrier();
-        return;
-    }
-    worker.share(rows, 8, [&](int64_t first, int64_t last) {
-        if (!bf16_) {
-            for (int64_t r = first; r < last; ++r) make_row(op, r, input_.floats() + r * padded, true);
-            return;
-        }
-        float* own = local.rows.get<float>((size_t)(kGemvRows * padded));
-        for (int64_t r = first; r < last; ++r) {
-            const float* from = own;
-            if (op.prologue == kPlainInput) from = buffers_[op.x].row(r);
-            else make_row(op, r, own, true);
-            round_row(from, k, padded, (uint16_t*)input_.data() + r * padded);
-        }
-    });
-    worker.barrier();
-    int64_t blocks = 0;
-    for (const Part& part : op.parts) blocks += (weights[(size_t)part.weight].panels() + kGemmPanels - 1) / kGemmPanels;
-    const int64_t pieces = (rows + kGemmTaskRows - 1) / kGemmTaskRows;
-    worker.share(blocks * pieces, 1, [&](int64_t task, int64_t) {
-        int64_t block = task / pieces;
-        const int64_t m0 = task % pieces * kGemmTaskRows, m1 = std::min(rows, m0 + kGemmTaskRows);
-        for (const Part& part : op.parts) {
-            const Weight& w = weights[(size_t)part.weight];
-            const int64_t own = (w.panels() + kGemmPanels - 1) / kGemmPanels;
-            if (block >= own) {
-                block -= own;
-                continue;
-            }
-            int64_t ldy;
-            float* y = output(part, ldy);
-            const int64_t first = block * kGemmPanels;
-            gemm(w, bf16_, input_.data(), padded, m0, m1, y, ldy, first,
-                 (int)std::min<int64_t>(kGemmPanels, w.panels() - first), local.panels);
-            return;
-        }
-    });
-    worker.barrier();
-}
-
 void Model::attention(const Op& op, const Op* next, Worker& worker, Local& local) {
     AttentionShape s = op.attention;
     const Rotary& rotary = rotaries[(size_t)op.rotary];
     s.cos = rotary.cos;
     s.sin = rotary.sin;
     s.rotary = rotary.dim;
+    if (!kv_scales.empty()) {
+        s.k_scale = kv_scales[(size_t)s.layer].first;
+        s.v_scale = kv_scales[(size_t)s.layer].second;
+    }
     const Buffer &q = buffers_[op.x], &k = buffers_[op.y], &v = buffers_[op.z], &out = buffers_[op.out];
     const int64_t group = s.heads / s.kv_heads, lds = kv.width + 2;
     const auto prepare = [&](int64_t r, int64_t head) {
@@ -263,7 +161,7 @@ void Model::attention(const Op& op, const Op* next, Worker& worker, Local& local
         const int64_t base = pass_.partial_of[(size_t)(index / s.heads)], head = index % s.heads;
         if (base < 0) return;
         combine(kv, partials_.floats() + (base * s.heads + head) * lds, s.heads * lds, piece.position / kChunk + 1,
-                out.row(piece.first) + head * s.head_dim);
+                value_factor(s, kv, head / group), out.row(piece.first) + head * s.head_dim);
     });
     worker.barrier();
 }

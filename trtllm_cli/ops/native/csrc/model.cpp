@@ -15,6 +15,10 @@ void Model::finish() {
         if (op.kind == kLinear) widest = std::max(widest, op.dim);
     input_stride_ = (widest + kLanes - 1) / kLanes * kLanes + kLanes;
     input_ = Pages((size_t)(chunk_ * input_stride_) * sizeof(float));
+    scales_.assign((size_t)chunk_, 0.0f);
+    sums_.assign((size_t)chunk_, 0);
+    if (kv.element() == 1 && (int64_t)kv_scales.size() != kv.layers)
+        throw Failure(kInternal, "a quantized cache needs scales for each layer");
     for (int64_t width : widths) {
         Buffer b;
         b.stride = (width + kLanes - 1) / kLanes * kLanes;
@@ -30,7 +34,7 @@ int64_t Model::scratch_bytes() const {
     for (const auto& b : buffers_) total += (int64_t)b.pages.bytes();
     for (const auto& l : locals_)
         total += (int64_t)(l->panels.data.bytes() + l->panels.plain.bytes() + l->attention.bytes() + l->rows.bytes() +
-                           l->sums.bytes() + l->halves.bytes());
+                           l->bytes.bytes() + l->whole.bytes() + l->sums.bytes() + l->halves.bytes());
     return total;
 }
 

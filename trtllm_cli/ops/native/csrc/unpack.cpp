@@ -1,4 +1,5 @@
 // Dequantisation of weight panels for the matrix-matrix products, and of single rows for the embedding.
+#include "eight.h"
 #include "gemm.h"
 
 namespace tn {
@@ -65,6 +66,15 @@ void unpack_float(const Weight& w, int64_t panel, int64_t k0, int64_t k1, float*
                 store(out + k * 16, load_bytes((const int8_t*)at + (k0 + k) * 16));
             }
             return;
+        case kE4m3:
+            for (int64_t k = 0; k < count; k += 2) {
+                if (k % 4 == 0) prefetch_block(w, at + (k0 + k) * 16);
+                v16 even, odd;
+                load_e4m3_pairs(at + (k0 + k) * 16, even, odd);
+                store(out + k * 16, even * kE4m3Unit);
+                if (k + 1 < count) store(out + (k + 1) * 16, odd * kE4m3Unit);
+            }
+            return;
         case kBfloat16:
             for (int64_t k = 0; k < count; k += 2) {
                 prefetch_block(w, at + (k0 + k) / 2 * 64);
@@ -82,6 +92,15 @@ void unpack_pairs(const Weight& w, int64_t panel, int64_t k0, int64_t k1, uint16
     const int64_t count = k1 - k0, even = count / 2 * 2;
     if (w.format == kBfloat16) {
         std::memcpy(out, at + k0 / 2 * 64, (size_t)((count + 1) / 2 * 64));
+        return;
+    }
+    if (w.format == kE4m3) {
+        for (int64_t k = 0; k < count; k += 2) {  // what pads an odd k is zero in the packed weight
+            if (k % 4 == 0) prefetch_block(w, at + (k0 + k) * 16);
+            v16 even, odd;
+            load_e4m3_pairs(at + (k0 + k) * 16, even, odd);
+            store_pairs(out + k * 16, even * kE4m3Unit, odd * kE4m3Unit);
+        }
         return;
     }
     if (w.format == kInt8) {
@@ -133,6 +152,20 @@ void embedding_row(const Weight& w, int64_t index, float* out) {
         case kInt8: {
             const float scale = ((const float*)w.scale)[index];
             for (int64_t k = 0; k < w.k; ++k) out[k] = (float)((const int8_t*)at)[k * 16 + lane] * scale;
+            return;
+        }
+        case kInt8Dot: {
+            const float scale = ((const float*)w.scale)[index];
+            for (int64_t k = 0; k < w.k; ++k)
+                out[k] = (float)((int)((const uint8_t*)at)[k / 4 * 64 + lane * 4 + k % 4] - 128) * scale;
+            return;
+        }
+        case kE4m3: {
+            const float scale = ((const float*)w.scale)[index] * kE4m3Unit;
+            for (int64_t k = 0; k < w.k; ++k) {
+                uint8_t one[kLanes] = {((const uint8_t*)at)[k / 2 * 32 + lane * 2 + k % 2]};
+                out[k] = load_e4m3(one)[0] * scale;
+            }
             return;
         }
         default:

@@ -10,7 +10,7 @@
 
 namespace tn {
 
-enum Format { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt4 = 4 };
+enum Format { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt4 = 4, kE4m3 = 5, kInt8Dot = 6 };
 
 struct Weight {
     int format = 0;
@@ -32,6 +32,8 @@ struct Weight {
             case kBfloat16: return (k + 1) / 2 * 64;
             case kFloat16: return k * 32;
             case kInt8: return k * 16;
+            case kE4m3: return (k + 1) / 2 * 32;
+            case kInt8Dot: return (k + 3) / 4 * 64;
             default: return groups() * words() * 64;
         }
     }
@@ -97,7 +99,8 @@ class Scratch {
 void embedding_row(const Weight& w, int64_t index, float* out);
 
 // Panels [first, first + count) as float32 [count][k][16], or as bfloat16 pairs [count][ceil(k/2)][16][2], of inputs
-// [k0, k1) (k0 even, and at the start of a group for int4). int8 stays unscaled: its scale belongs to the outputs.
+// [k0, k1) (k0 even, and at the start of a group for int4). int8 and E4M3 stay unscaled:
+// their scale belongs to the outputs. Not for kInt8Dot.
 void unpack_float(const Weight& w, int64_t panel, int64_t k0, int64_t k1, float* out);
 void unpack_pairs(const Weight& w, int64_t panel, int64_t k0, int64_t k1, uint16_t* out, Scratch& scratch);
 
