@@ -181,7 +181,7 @@ def rows() -> tuple[Row, ...]:
         ),
         Row("int8 cache beside int8 weights", None, (*keep_weights, "--kv-cache", "int8"), _cache("int8")),
         Row("fp8 cache beside int8 weights", None, (*keep_weights, "--kv-cache", "fp8"), _cache("fp8")),
-        Row("6.2 bits a weight, mixed", 30.6, ("--method", "int4-weight-only", "--target-bits", "6.2")),
+        Row("6.2 bits a weight, mixed", 30.6, ("--method", "gptq", "--asymmetric", "--target-bits", "6.2")),
         Row("provider: ModelOpt SmoothQuant", None, ("--method", "smoothquant", "--provider", "modelopt")),
         Row(
             "provider: ModelOpt AWQ g64",
