@@ -143,6 +143,7 @@ class Comparison:
         slug = f"ours-{_slug(name)}"
         quantized, engine = self.work / "ours" / slug / "checkpoint", self.work / "ours" / slug / "engine"
         needs_calibration = arguments is not None and not {"int8-weight-only", "int4-weight-only"} & set(arguments)
+        needs_calibration &= arguments is None or not {"fp8", "token"} <= set(arguments)
         needs_calibration |= arguments is not None and bool({"--kv-cache", "--target-bits"} & set(arguments))
         calibration = ["--calib", str(self.options.calib), "--calib-rows", str(self.options.rows)]
         calibration += ["--calib-length", str(LENGTH)]

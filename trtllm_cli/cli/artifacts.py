@@ -48,7 +48,8 @@ def inspect_command(
         measured = found.path / MEASUREMENTS
         if measured.is_file():
             out.line(f"measured while writing: {', '.join(f'{k} {v}' for k, v in _read(measured).items())}")
-        out.table(["module", "type", "group", "relative error", "max error"], rows)
+        columns = ["module", "method", "weights", "scale per", "inputs", "relative error", "output error", "note"]
+        out.table(columns, rows)
         out.result(manifest.model_dump(mode="json"))
 
 
@@ -77,9 +78,15 @@ def _body(artifact: Artifact) -> list[str]:
     ]
     if body.quantization is not None:
         record = body.quantization
-        lines.append(
-            f"quantized by {record.method}: {len(record.layers)} modules, {record.bits_per_weight:.2f} bits a weight"
-        )
+        by = record.method if record.provider == "trtllm-cli" else f"{record.method} ({record.provider})"
+        lines.append(f"quantized by {by}: {len(record.layers)} modules, {record.bits_per_weight:.2f} bits a weight")
+        if record.calibration is not None:
+            seen = record.calibration
+            lines.append(
+                f"calibrated on {seen.rows} rows of {seen.length} tokens ({seen.source}, digest {seen.digest[:12]})"
+            )
+        if record.kv_cache is not None:
+            lines.append(f"key/value cache: {record.kv_cache.type}, a scale per {record.kv_cache.granularity}")
     if isinstance(body, CheckpointBody):
         lines.append(f"{body.parameters / 1e6:.1f} M parameters, {body.weight_bytes / 2**20:.1f} MiB of weights")
         lines += [line for result in body.quality for line in describe(result)]
@@ -113,10 +120,13 @@ def _layers(manifest: Manifest) -> list[list[str]]:
     return [
         [
             layer.module,
-            layer.scheme.type,
-            str(layer.scheme.group_size or "channel"),
-            "unknown" if layer.relative_error is None else f"{layer.relative_error:.5f}",
-            "unknown" if layer.max_error is None else f"{layer.max_error:.5f}",
+            layer.method or body.quantization.method,
+            layer.scheme.type + ("" if layer.scheme.symmetric else " asymmetric"),
+            str(layer.scheme.group_size or layer.scheme.granularity),
+            "-" if layer.activation is None else f"{layer.activation.type} per {layer.activation.granularity}",
+            "-" if layer.relative_error is None else f"{layer.relative_error:.5f}",
+            "-" if layer.output_error is None else f"{layer.output_error:.5f}",
+            layer.note or "",
         ]
         for layer in body.quantization.layers
     ]

@@ -15,7 +15,7 @@ from trtllm_cli import __version__
 from trtllm_cli.artifacts.publish import as_user_error, unfinished, write_atomic
 from trtllm_cli.artifacts.store import MANIFEST, Artifact, read_manifest
 from trtllm_cli.errors import EXIT_DOES_NOT_FIT, EXIT_INTERNAL, EXIT_INTERRUPTED, BadInputError, UsageError, UserError
-from trtllm_cli.evaluate.gate import enforce, judge
+from trtllm_cli.evaluate.gate import Gate, enforce, judge
 from trtllm_cli.pipeline.load import Pipeline, Step, load_pipeline
 from trtllm_cli.pipeline.plan import Outlook, not_ours, require_disk, standing, survey
 from trtllm_cli.pipeline.requests import stage_request
@@ -200,6 +200,7 @@ class _Run:
         step, force = outlook.step, self._force
         if outlook.artifact is not None:
             # its inputs were up to date too, and nothing has touched them since
+            _judge(step, outlook.artifact)
             return outlook.artifact, False
         parents = [self._artifacts[name] for name in step.parents]
         expected = outlook.id
@@ -209,6 +210,7 @@ class _Run:
         if expected is not None and not force:
             there = standing(step.output, expected)
             if there is not None:
+                _judge(step, there)
                 return there, False
         left = unfinished(step.output)
         own_try = left is None or state.owns(step.name, left[1])
@@ -256,3 +258,15 @@ def _named(step: Step, error: UserError) -> UserError:
     if error.message.startswith(f"stage {step.name}:"):
         return error
     return type(error)(error.code, f"stage {step.name}: {error.message}", error.hint)
+
+
+def _judge(step: Step, artifact: Artifact) -> None:
+    """Hold what a finished quantization measured against limits that may have changed since: they are not its content.
+
+    Raises QualityGateError.
+    """
+    if step.stage.stage != "quantize":
+        return
+    gate = Gate.parse(max_kld=step.config.options.max_kld, max_ppl_increase=step.config.options.max_ppl_increase)
+    if gate is not None:
+        enforce(artifact.checkpoint.quality, gate, step.name)

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from trtllm_cli.artifacts.publish import Workspace
 from trtllm_cli.artifacts.schema import LayerQuantization
 from trtllm_cli.artifacts.tensors import CODES, TensorFile, TensorStore, TensorWriter
+from trtllm_cli.errors import DoesNotFitError
 from trtllm_cli.models.spec import DecoderSpec
 from trtllm_cli.ops.quantized import dequantize_8bit, dequantize_int4
 from trtllm_cli.progress import Reporter
 from trtllm_cli.quantize.layerwise import LayerQuantizer, LayerResult
 from trtllm_cli.quantize.options import QuantizeOptions, parse_bytes
 from trtllm_cli.quantize.selection import Choice
-from trtllm_cli.quantize.streaming import Streamer, choose_compute, choose_device
+from trtllm_cli.quantize.streaming import SPILLED, Streamer, choose_compute, choose_device
 
 _FOLDER = ".layers"
 
@@ -46,6 +47,9 @@ def quantize_layers(
     """
     finished = [layer for layer in range(spec.num_layers) if layer in set(work.state().get("layers", []))]
     if len(finished) < spec.num_layers:
+        folder = work.file(f"{_FOLDER}/layer").parent
+        for left in folder.glob(f"{SPILLED}*"):
+            left.unlink()  # of a run that was killed
         device = choose_device(options.device)
         compute = choose_compute(options.compute, device)
         streamer = Streamer(
@@ -54,13 +58,19 @@ def quantize_layers(
             device,
             compute,
             parse_bytes(options.max_ram),
-            work.file(f"{_FOLDER}/activations").parent,
+            folder,
         )
         if streamer.residual.spilled:
             report.say(f"activations ({streamer.residual.bytes / 2**30:.1f} GiB) exceed --max-ram and lie on disk")
         try:
             with torch.inference_mode():
                 _walk(store, spec, options, choices, streamer, work, report)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFitError(
+                "DEVICE_MEMORY",
+                f"{options.device} has too little memory for one layer and its activations",
+                "a smaller --max-ram (activations go to disk), fewer --calib-rows, or --device cpu; it resumes",
+            ) from error
         finally:
             streamer.residual.close()
     found = []

@@ -85,6 +85,7 @@ class LayerQuantizer:
         self._result = LayerResult()
         self._decided: dict[str, dict[str, Any]] = {}
         self._cache: kv_cache.KvStatistics | None = None
+        self._input_scales: dict[tuple[str, Type8], float] = {}
         sequential = self.sequential(layer)
         watched = [group for group in GROUPS if self._watched(layer, group, sequential)]
         found: dict[str, Statistics] = {}
@@ -369,7 +370,10 @@ class LayerQuantizer:
         scale: Tensor | None = None
         if choice.activation is not None and choice.activation.granularity == "tensor":
             assert found is not None
-            value = smoothquant.static_input_scale(found.sample, found.act_max, choice.activation.type)
+            kind = choice.activation.type
+            if (group.key, kind) not in self._input_scales:
+                self._input_scales[group.key, kind] = smoothquant.static_input_scale(found.sample, found.act_max, kind)
+            value = self._input_scales[group.key, kind]
             scale = torch.tensor([value], dtype=torch.float32, device=weight.device)
             self._result.tensors[f"{name}.input_scale"] = scale.cpu()
         difference = made.dequantized - weight

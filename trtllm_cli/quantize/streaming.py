@@ -7,6 +7,7 @@ otherwise. Windows start at position 0, so attention is plainly causal and no ca
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from trtllm_cli.models.spec import DecoderSpec
 from trtllm_cli.models.weights import InputQuantizer
 from trtllm_cli.ops.api import AttentionSpec, KvCache
 from trtllm_cli.ops.torch_ops import TorchOps
+
+#: how the names of files with activations begin
+SPILLED = "activations-"
 
 
 def choose_device(name: str) -> torch.device:
@@ -67,13 +71,20 @@ class Store:
             self._parts = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
             return
         directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / f"activations-{id(self):x}"
-        try:
-            flat = torch.from_file(str(self._path), shared=True, size=self.bytes // dtype.itemsize, dtype=dtype)
-        except RuntimeError as error:
-            raise DoesNotFitError(
-                "DISK_FULL", f"cannot reserve {self.bytes / 2**30:.1f} GiB for activations in {directory}", "free disk"
-            ) from error
+        self._path = directory / f"{SPILLED}{id(self):x}"
+        with self._path.open("wb") as stream:
+            try:
+                # a hole in the file would end the process where the disk fills, not with an error here
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(stream.fileno(), 0, self.bytes)
+            except OSError as error:
+                self._path.unlink(missing_ok=True)
+                raise DoesNotFitError(
+                    "DISK_FULL",
+                    f"{directory} has no room for {self.bytes / 2**30:.2f} GiB of activations ({error.strerror})",
+                    "free some space, a larger --max-ram, or a smaller --calib-rows",
+                ) from error
+        flat = torch.from_file(str(self._path), shared=True, size=self.bytes // dtype.itemsize, dtype=dtype)
         offset = 0
         for shape in shapes:
             size = math.prod(shape)
@@ -114,8 +125,8 @@ class LayerWeights:
 
     def dense(self, name: str) -> Tensor:
         if name not in self._cast:
-            # norms stay float32: their input is the float32 residual
-            keep = name.endswith("norm.weight")
+            # a layer's norms stay float32: their input is the float32 residual
+            keep = name.endswith((".attn_norm.weight", ".mlp_norm.weight"))
             self._cast[name] = self.master[name] if keep else self.master[name].to(self._compute)
         return self._cast[name]
 
