@@ -21,6 +21,7 @@ GROUPED = ("int4-weight-only", "gptq", "awq", "awq-gptq")
 WITH_ACTIVATIONS = ("smoothquant", "fp8")
 #: methods that cannot do without calibration data
 CALIBRATED = ("smoothquant", "gptq", "awq", "awq-gptq")
+_WITH_TEXT = "add --eval-text"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -131,15 +132,18 @@ def refuse_unused(config: Configured[QuantizeOptions]) -> None:
             o.uses_calibration or not ours,
             "use a calibrated method (smoothquant, gptq, awq) or --kv-cache",
         ),
-        (("eval_windows", "eval_context", "max_kld", "max_ppl_increase"), o.eval_text is not None, "add --eval-text"),
+        (("eval_windows", "eval_context", "max_kld", "max_ppl_increase"), o.eval_text is not None, _WITH_TEXT),
     ]
     for options, useful, remedy in rules:
         for name in options:
             if config.origins.get(name, "default") != "default" and not useful:
+                reason = f"with method {o.method}" if ours else f"with the provider's own recipe for {o.method}"
+                if remedy == _WITH_TEXT:
+                    reason = "without a text to measure on"
                 raise UsageError(
                     "OPTION_UNUSED",
-                    f"{name.replace('_', '-')} has no effect with method {o.method}",
-                    f"leave it out, or {remedy}",
+                    f"{name.replace('_', '-')} has no effect {reason}",
+                    f"leave it out, or {remedy if ours else 'leave out --provider'}",
                 )
     if not ours:
         _check_provider(o)
