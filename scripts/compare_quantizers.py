@@ -206,8 +206,11 @@ class Comparison:
             else:
                 found["ours"] = self.ours(row.name, row.ours)
         if not self.options.ours_only:
+            wanted = self.options.peers or ["*"]
             found["peers"] = [
-                {"package": peer.package, "label": peer.label, **self.peer(row.name, peer)} for peer in row.peers
+                {"package": peer.package, "label": peer.label, **self.peer(row.name, peer)}
+                for peer in row.peers
+                if any(fnmatch(f"{peer.package} {peer.label}", word) for word in wanted)
             ]
         return found
 
@@ -265,6 +268,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder of finished measurements")
     parser.add_argument("--only", action="append", default=[], help="rows whose name matches, such as 'GPTQ*'")
     parser.add_argument("--ours-only", action="store_true", help="leave the peers out")
+    parser.add_argument("--peers", action="append", default=[], help="peers that match, such as 'llmcompressor GPTQ*'")
     parser.add_argument("--redo", action="store_true", help="measure again what was measured")
     parser.add_argument("--rows", type=int, default=ROWS, help="calibration windows")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="windows of the measurement")
