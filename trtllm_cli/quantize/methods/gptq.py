@@ -194,6 +194,7 @@ def _factor(hessian: Tensor, damping: float | None) -> tuple[_Factor | None, flo
         del damped
         if int(info) == 0:
             unit = lower.flip(0, 1)
+            del lower  # at these sizes one matrix more is what decides whether it fits
             pivots = unit.diagonal().clone()
             unit.div_(pivots)
             identity = torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
