@@ -13,7 +13,7 @@ from trtllm_cli.artifacts.schema import (
     LayerQuantization,
 )
 from trtllm_cli.artifacts.store import Artifact
-from trtllm_cli.artifacts.tensors import TensorStore
+from trtllm_cli.artifacts.tensors import TensorFile, TensorStore
 from trtllm_cli.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class CheckpointWeights:
         return self._store.tensor(f"{p}.k_scale"), self._store.tensor(f"{p}.v_scale")
 
 
-def dequantized(store: TensorStore, layer: LayerQuantization) -> torch.Tensor:
+def dequantized(store: TensorStore | TensorFile, layer: LayerQuantization) -> torch.Tensor:
     """The float32 weight [N, K] of one quantized module."""
     from trtllm_cli.ops import quantized
 

@@ -21,7 +21,7 @@ from trtllm_cli.artifacts.schema import LayerQuantization
 from trtllm_cli.artifacts.tensors import CODES, TensorFile, TensorStore, TensorWriter
 from trtllm_cli.errors import DoesNotFitError
 from trtllm_cli.models.spec import DecoderSpec
-from trtllm_cli.ops.quantized import dequantize_8bit, dequantize_int4
+from trtllm_cli.models.weights import dequantized
 from trtllm_cli.progress import Reporter
 from trtllm_cli.quantize.layerwise import LayerQuantizer, LayerResult
 from trtllm_cli.quantize.options import QuantizeOptions, parse_bytes
@@ -73,11 +73,12 @@ def quantize_layers(
             ) from error
         finally:
             streamer.residual.close()
-    found = []
-    for layer in range(spec.num_layers):
-        records = json.loads(_records(work, layer).read_bytes())
-        found.append((TensorFile(_file(work, layer)), tuple(map(LayerQuantization.model_validate, records))))
-    return found
+    return [_finished(work, layer) for layer in range(spec.num_layers)]
+
+
+def _finished(work: Workspace, layer: int) -> tuple[TensorFile, tuple[LayerQuantization, ...]]:
+    records = json.loads(_records(work, layer).read_bytes())
+    return TensorFile(_file(work, layer)), tuple(map(LayerQuantization.model_validate, records))
 
 
 def _file(work: Workspace, layer: int) -> Path:
@@ -108,7 +109,7 @@ def _walk(
         streamer.load(store, layer)
         if layer in finished:
             if quantizer.sequential(layer):
-                _restore(streamer, TensorFile(_file(work, layer)), choices)
+                _restore(streamer, *_finished(work, layer))
             streamer.advance(layer)
             report.advance("repeating", layer + 1, len(finished), "layers")
             continue
@@ -142,23 +143,12 @@ def _write(work: Workspace, layer: int, result: LayerResult) -> None:
     partial.rename(_file(work, layer))
 
 
-def _restore(streamer: Streamer, file: TensorFile, choices: Mapping[str, Choice]) -> None:
+def _restore(streamer: Streamer, file: TensorFile, records: Sequence[LayerQuantization]) -> None:
     """Give the streamer the finished layer as it was when its residual was computed."""
+    modules = {record.module for record in records}
     for name in file.entries:
         module, _, suffix = name.rpartition(".")
-        if module not in choices:
-            if suffix in ("weight", "bias"):
-                streamer.weights.set(name, file.tensor(name))
-        elif suffix == "weight":
-            streamer.weights.set(name, _dequantized(file, module, choices[module]))
-        elif suffix == "bias":
+        if suffix == "bias" or (suffix == "weight" and module not in modules):
             streamer.weights.set(name, file.tensor(name))
-
-
-def _dequantized(file: TensorFile, module: str, choice: Choice) -> torch.Tensor:
-    weight, scale = file.tensor(f"{module}.weight"), file.tensor(f"{module}.weight_scale")
-    if choice.scheme.type != "int4":
-        return dequantize_8bit(weight, scale)
-    zero = None if choice.scheme.symmetric else file.tensor(f"{module}.weight_zero")
-    group = file.tensor(f"{module}.weight_group") if choice.scheme.group_index else None
-    return dequantize_int4(weight, scale, zero, group)
+    for record in records:
+        streamer.weights.set(f"{record.module}.weight", dequantized(file, record))
