@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("compare_peer_worker.py")
 ROWS, LENGTH, WINDOWS = 128, 512, 32
 #: exact arithmetic where the method quantizes nothing
-ENGINE = ("--backend", "cpu", "--products", "float32", "--cache", "float32", "--context", str(LENGTH))
+ENGINE = ("--backend", "cpu", "--products", "float32", "--context", str(LENGTH))
 _PREPARE = """
 import sys
 from pathlib import Path
@@ -161,7 +161,8 @@ class Comparison:
                 if seen is not None and seen != self.calibration_digest:
                     raise SystemExit(f"{name}: calibrated on other tokens than the peers: {seen}")
                 model = quantized
-            self._ours(["build", str(model), "-o", str(engine), *ENGINE, "--force"], f"{slug}-build")
+            cache = words[words.index("--kv-cache") + 1] if "--kv-cache" in words else "float32"
+            self._ours(["build", str(model), "-o", str(engine), *ENGINE, "--cache", cache, "--force"], f"{slug}-build")
             command = ["eval", str(engine), "--text", str(self.options.text), "--context", str(LENGTH), "--json"]
             command += ["--windows", str(self.options.windows), "--threads", str(self.options.threads)]
             printed, found["eval_s"], _ = self._ours(command, f"{slug}-eval")
