@@ -269,6 +269,27 @@ def test_cache_scales_are_per_head_and_separate(text, text_checkpoint, tmp_path)
     assert made.checkpoint.quantization.kv_cache.type == "int8"
 
 
+def test_the_cache_alone_can_be_quantized(text, text_checkpoint, tmp_path):
+    made = quantize_to(
+        text_checkpoint.path,
+        tmp_path / "q",
+        method="int8-weight-only",
+        overrides=("*=none",),
+        kv_cache="int8",
+        calib=str(text),
+        **SMALL,
+    )
+    record = made.checkpoint.quantization
+    assert (record.layers, record.bits_per_weight, record.kv_cache.type) == ((), 32.0, "int8")
+    engine = build_to(made.path, tmp_path / "engine", executor="native", context=64, products="float32")
+    assert engine.engine.tactics["cache"] == "int8"
+    tokens = np.random.default_rng(5).integers(0, 320, 40)
+    native = load_engine(engine.path).executor.forward([Segment(0, 0, tokens, "all")])
+    exact, before = logits(made.path, tokens), logits(text_checkpoint.path, tokens)
+    assert 0 < np.linalg.norm(exact - before) / np.linalg.norm(before) < 0.1
+    assert np.linalg.norm(native - exact) / np.linalg.norm(exact) < 1e-2
+
+
 @pytest.mark.parametrize(
     ("options", "option"),
     [

@@ -23,7 +23,7 @@ from trtllm_cli.artifacts.publish import Request, Workspace, publish
 from trtllm_cli.artifacts.results import Result
 from trtllm_cli.artifacts.schema import CALIBRATION_SKETCH, CheckpointBody, KvCacheScheme, QuantizationRecord
 from trtllm_cli.artifacts.store import Artifact, open_artifact
-from trtllm_cli.artifacts.tensors import DTYPES, TensorStore
+from trtllm_cli.artifacts.tensors import CODES, DTYPES, TensorStore
 from trtllm_cli.errors import BadInputError, UnsupportedError, UsageError
 from trtllm_cli.progress import Reporter, Silent
 from trtllm_cli.quantize.calibration import OVERLAP_LIMIT, CalibrationData, load_calibration, overlap
@@ -200,7 +200,7 @@ def _make(
     else:
         mixed = _mixed(parent, options, data, work, report) if options.target_bits is not None else None
         chosen = select(spec, options, mixed)
-        if not chosen:
+        if not chosen and options.kv_cache is None:
             raise UsageError("NOTHING_TO_DO", "the overrides leave no module to quantize", "drop an override")
         _say_notes(chosen, report)
         calibrated = None
@@ -216,13 +216,20 @@ def _make(
         method=options.method,
         parameters=parameters,
         layers=layers,
-        bits_per_weight=round(stored * 8 / elements, 4),
+        bits_per_weight=round(stored * 8 / elements, 4) if elements else _stored_bits(parent),
+        if elements
+        else 8.0 * DTYPES[CODES[parent.checkpoint.dtype]][0],
         calibration=data.record if data is not None else None,
         kv_cache=KvCacheScheme(type=options.kv_cache, granularity=options.kv_scales) if options.kv_cache else None,
         provider=options.provider,
     )
     body = parent.checkpoint.model_copy(update={"quantization": record, "weight_bytes": total, "quality": ()})
     return body, _device_memory(options.device) if data is not None else {}
+
+
+def _stored_bits(parent: Artifact) -> float:
+    """Bits of a weight that stays as it is."""
+    return 8.0 * DTYPES[CODES[parent.checkpoint.dtype]][0]
 
 
 def _device_memory(device: str) -> dict[str, JsonValue]:
@@ -302,6 +309,9 @@ def _say_notes(chosen: dict[str, Choice], report: Reporter) -> None:
 def _explain(body: CheckpointBody, parent: Artifact, report: Reporter) -> None:
     record = body.quantization
     assert record is not None
+    if not record.layers:
+        report.say("every weight stays as it is; scales for the cache were added")
+        return
     worst = max(record.layers, key=lambda layer: layer.relative_error or 0.0)
     report.say(
         f"{len(record.layers)} modules at {record.bits_per_weight:.2f} bits a weight, "
