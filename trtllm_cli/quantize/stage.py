@@ -217,8 +217,6 @@ def _make(
         parameters=parameters,
         layers=layers,
         bits_per_weight=round(stored * 8 / elements, 4) if elements else _stored_bits(parent),
-        if elements
-        else 8.0 * DTYPES[CODES[parent.checkpoint.dtype]][0],
         calibration=data.record if data is not None else None,
         kv_cache=KvCacheScheme(type=options.kv_cache, granularity=options.kv_scales) if options.kv_cache else None,
         provider=options.provider,
