@@ -163,8 +163,7 @@ class LayerQuantizer:
 
     def _scale_cache(self, layer: int, type: Type8) -> None:
         assert self._cache is not None
-        # clipping lowers an int8 cache's squared error and raises the perplexity (SmolLM2: +0.56 % against +0.44 %)
-        k, v = self._cache.scales(type, self._o.kv_scales, search=type == "fp8")
+        k, v = self._cache.scales(type, self._o.kv_scales)
         kv_cache.check(k, v, layer, self._cache)
         self._result.tensors[f"layers.{layer}.attn.k_scale"] = k.cpu()
         self._result.tensors[f"layers.{layer}.attn.v_scale"] = v.cpu()
