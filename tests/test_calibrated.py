@@ -100,8 +100,7 @@ def test_streaming_sees_the_inputs_that_transformers_computes(case, compute, tmp
         for index, batch in enumerate(streamer._batches):
             streamer.residual.put(index, model.get_input_embeddings()(batch))
         for layer in range(spec.num_layers):
-            streamer.weights.master.clear()
-            streamer.weights._cast.clear()
+            streamer.weights.clear()
             for ours, theirs in names.items():
                 if ours.startswith(f"layers.{layer}."):
                     streamer.weights.set(ours, state[theirs])

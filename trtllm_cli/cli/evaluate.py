@@ -121,7 +121,7 @@ def eval_command(
 def _warn_of_overlap(out: Output, subject: Loaded, text: Path) -> None:
     """Say so when the text was part of what the model was calibrated on: its figures flatter the model then."""
     from trtllm_cli.artifacts.schema import CALIBRATION_SKETCH
-    from trtllm_cli.evaluate.stage import read_text
+    from trtllm_cli.artifacts.texts import read_text
     from trtllm_cli.quantize.calibration import OVERLAP_LIMIT, overlap_with_sketch, read_sketch
 
     kept = subject.artifact.path / CALIBRATION_SKETCH

@@ -13,6 +13,7 @@ from trtllm_cli.artifacts.publish import Request, publish
 from trtllm_cli.artifacts.results import Result
 from trtllm_cli.artifacts.schema import CheckpointBody, EngineBody, ReportBody
 from trtllm_cli.artifacts.store import Artifact
+from trtllm_cli.artifacts.texts import read_text
 from trtllm_cli.errors import BadInputError, UnsupportedError, UsageError
 from trtllm_cli.evaluate import divergence, perplexity
 from trtllm_cli.evaluate.bench import bench, read_bandwidth
@@ -272,17 +273,6 @@ def _require_used(config: Configured[EvalOptions], model: Loaded, against: Loade
         raise UsageError(
             "OPTION_UNUSED", "limit has no effect without a task file", "add --task FILE, or use --windows for a text"
         )
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise BadInputError("FILE_UNREADABLE", f"cannot read {path}: {error.strerror}", "check the path") from error
-    except UnicodeDecodeError as error:
-        raise BadInputError(
-            "TEXT_NOT_UTF8", f"{path} is not UTF-8 text (byte {error.start})", "convert it: iconv -t UTF-8"
-        ) from error
 
 
 def _digests(text: str | None, files: Sequence[TaskFile]) -> dict[str, JsonValue]:

@@ -20,11 +20,12 @@ from trtllm_cli.artifacts.publish import Request, publish
 from trtllm_cli.artifacts.results import Result
 from trtllm_cli.artifacts.schema import CheckpointBody
 from trtllm_cli.artifacts.store import MANIFEST, MEASUREMENTS, Artifact
+from trtllm_cli.artifacts.texts import read_text
 from trtllm_cli.build.cpu.stage import CpuOptions, build_cpu
 from trtllm_cli.errors import DoesNotFitError, UnsupportedError, UsageError
 from trtllm_cli.evaluate.gate import Gate, enforce
 from trtllm_cli.evaluate.perplexity import text_protocol
-from trtllm_cli.evaluate.stage import EvalOptions, evaluate, read_text
+from trtllm_cli.evaluate.stage import EvalOptions, evaluate
 from trtllm_cli.evaluate.summary import sentence
 from trtllm_cli.progress import Reporter, Silent
 from trtllm_cli.quantize.options import QuantizeOptions

@@ -24,6 +24,7 @@ from trtllm_cli.artifacts.results import Result
 from trtllm_cli.artifacts.schema import CALIBRATION_SKETCH, CheckpointBody, KvCacheScheme, QuantizationRecord
 from trtllm_cli.artifacts.store import Artifact, open_artifact
 from trtllm_cli.artifacts.tensors import CODES, DTYPES, TensorStore
+from trtllm_cli.artifacts.texts import read_text
 from trtllm_cli.errors import BadInputError, UnsupportedError, UsageError
 from trtllm_cli.progress import Reporter, Silent
 from trtllm_cli.quantize.calibration import OVERLAP_LIMIT, CalibrationData, load_calibration, overlap
@@ -128,7 +129,7 @@ def prepare(
 
             versions["nvidia-modelopt"] = modelopt.version()
     if o.eval_text is not None:
-        text = _read(o.eval_text)
+        text = read_text(o.eval_text)
         identity["eval_text"] = hashlib.sha256(text.encode()).hexdigest()
         if data is not None:
             _refuse_overlap(parent, data, text, o.eval_text)
@@ -164,15 +165,6 @@ def _calibration(parent: Artifact, o: QuantizeOptions, report: Reporter, offline
         vocab_size=body.spec.vocab_size,
         report=report,
     )
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise BadInputError("FILE_UNREADABLE", f"cannot read {path}: {error.strerror}", "check the path") from error
-    except UnicodeDecodeError as error:
-        raise BadInputError("TEXT_NOT_UTF8", f"{path} is not UTF-8 text", "convert it: iconv -t UTF-8") from error
 
 
 def _refuse_overlap(parent: Artifact, data: CalibrationData, text: str, path: Path) -> None:

@@ -120,6 +120,11 @@ class LayerWeights:
         self.master[name] = value.to(self._device, torch.float32)
         self._cast.pop(name, None)
 
+    def clear(self) -> None:
+        """Forget the layer."""
+        self.master.clear()
+        self._cast.clear()
+
     def has(self, name: str) -> bool:
         return name in self.master
 
@@ -219,8 +224,7 @@ class Streamer:
 
     def load(self, store: TensorStore, layer: int) -> None:
         """Make ``layer`` the current one."""
-        self.weights.master.clear()
-        self.weights._cast.clear()
+        self.weights.clear()
         prefix = f"layers.{layer}."
         for name in store:
             if name.startswith(prefix):

@@ -19,11 +19,6 @@ _MODULES = {
 }
 
 
-def names() -> tuple[str, ...]:
-    """Every method that rounds without calibration data."""
-    return tuple(_MODULES)
-
-
 def method(name: str) -> WeightMethod:
     """The method called ``name``. Raises UsageError listing what there is."""
     if name not in _MODULES:
