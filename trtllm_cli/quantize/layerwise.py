@@ -94,6 +94,8 @@ class LayerQuantizer:
         for group in watched:
             found[group.key] = self._migrate(layer, group, found[group.key])
         if self._o.kv_cache is not None:
+            if self._o.kv_cache == "int8":
+                self._smooth_keys(layer)
             self._scale_cache(layer, self._o.kv_cache)
         if sequential:
             self._sweep(layer, found)
@@ -160,6 +162,34 @@ class LayerQuantizer:
                 s.residual.put(index, residual + s.ops.linear(x, f"layers.{layer}.mlp.down"))
         s.ops.on_cache = None
         return {key: collector.finish() for key, collector in collectors.items()}
+
+    def _smooth_keys(self, layer: int) -> None:
+        """Divide keys and multiply queries channel by channel, in the head norms or in the rows of k and q."""
+        assert self._cache is not None
+        spec = self._s.spec
+        modules = [self._choice(layer, module) for module in ("attn.q", "attn.k")]
+        if not spec.qk_norm and any(c is not None and c.scheme.granularity == "tensor" for c in modules):
+            return  # one scale for the whole matrix: rows of other sizes would cost it precision
+        s = kv_cache.key_smoothing(self._cache.largest()[0], spec.rotary.dim, shared=spec.qk_norm)
+        self._cache.divide_keys(s)
+        if spec.qk_norm:
+            self._scale_rows(f"layers.{layer}.attn.k_norm", 1 / s[0], True)
+            self._scale_rows(f"layers.{layer}.attn.q_norm", s[0], True)
+            return
+        queries = s.repeat_interleave(spec.num_heads // spec.num_kv_heads, dim=0).flatten()
+        for module, rows, choice in zip(("q", "k"), (queries, 1 / s.flatten()), modules, strict=True):
+            self._scale_rows(f"layers.{layer}.attn.{module}", rows, choice is None)
+
+    def _scale_rows(self, module: str, rows: Tensor, stored: bool) -> None:
+        """Multiply a module's weight and bias by powers of two; ``stored`` when no quantized weight will stand for it."""
+        master = self._s.weights.master
+        for name in (f"{module}.weight", f"{module}.bias"):
+            if name in master:
+                value = master[name] * rows.to(master[name].device).view(-1, *[1] * (master[name].dim() - 1))
+                if stored or name.endswith(".bias"):
+                    self._keep(name, value.to(self._dtypes[name]))
+                else:
+                    self._s.weights.set(name, value)
 
     def _scale_cache(self, layer: int, type: Type8) -> None:
         assert self._cache is not None
