@@ -181,7 +181,7 @@ class LayerQuantizer:
             self._scale_rows(f"layers.{layer}.attn.{module}", rows, choice is None)
 
     def _scale_rows(self, module: str, rows: Tensor, stored: bool) -> None:
-        """Multiply a module's weight and bias by powers of two; ``stored`` when no quantized weight will stand for it."""
+        """Multiply a module's weight and bias by powers of two; ``stored``: no quantized weight will stand for it."""
         master = self._s.weights.master
         for name in (f"{module}.weight", f"{module}.bias"):
             if name in master:

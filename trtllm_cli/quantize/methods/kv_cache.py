@@ -6,8 +6,8 @@ smallest squared error on a sample of the tokens is taken, and nothing seen is c
 smaller squared error too, and measured worse: +0.5 to 0.6 % perplexity on SmolLM2 where the whole range costs 0.25 to
 0.4 %, because the few large elements matter most.
 
-A head's few large key channels would set the step of an int8 cache for all of them. :func:`key_smoothing` gives what keys
-are divided and queries multiplied by (SmoothAttention: Lin et al., QServe, 2024), so that scores stay what they are.
+A head's few large key channels would set the step of an int8 cache for all of them. :func:`key_smoothing` gives what
+keys are divided and queries multiplied by (SmoothAttention: Lin et al., QServe, 2024), so that scores stay as they are.
 """
 
 from __future__ import annotations
