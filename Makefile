@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 EXTRAS := dev,gguf,tensorrt
 
-.PHONY: demo test lint types kernels schemas clean
+# CUDA architectures of `make kernels`, such as 90a or "80 90a"; empty: all that the toolkit knows
+ARCH ?=
+
+.PHONY: demo test test-gpu sanitize lint types kernels schemas clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,9 +30,23 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Compile the native CPU library into the cache now instead of at first use, and say what was built.
+# The tests that need an NVIDIA GPU, in one process.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+# Out-of-bounds accesses and races in a selection of the GPU tests (minutes: every access is checked).
+sanitize: $(READY)
+	for tool in memcheck racecheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 9 --kernel-name-exclude kernel_substring=at:: \
+	        $(BIN)/python -m pytest -q -m gpu -k "any_problem or any_shape or any_number_of_blocks or test_gated" || exit 1; \
+	done
+
+# Compile the native CPU library, and where there is a CUDA compiler the CUDA kernels, into the cache instead of at first use.
 kernels: $(READY)
 	$(BIN)/python -c "from trtllm_cli.ops.native import library; print(library.load())"
+	@if $(BIN)/python -c "import sys; from trtllm_cli.ops.cuda import toolkit; sys.exit(toolkit.problem() is not None)"; \
+	then $(BIN)/trtllm-cli kernels build $(foreach one,$(ARCH),--arch $(one)); \
+	else $(BIN)/python -c "from trtllm_cli.ops.cuda import toolkit; print('CUDA kernels: not built,', toolkit.problem())"; fi
 
 # Write the published JSON Schemas anew (a test keeps them in step with the code).
 schemas: $(READY)

@@ -157,6 +157,10 @@ SURFACE = {
     "diff": ["A", "B", "--all=False", "--json=False", "--debug=False"],
     "schema": ["DIRECTORY", "--json=False", "--debug=False"],
     "doctor": ["--json=False", "--debug=False"],
+    "kernels": [],
+    "kernels build": ["--arch", "--family", "--json=False", "--debug=False"],
+    "kernels list": ["--json=False", "--debug=False"],
+    "kernels resources": ["MATCH?", "--json=False", "--debug=False"],
     "pipeline": [],
     "pipeline run": ["PIPELINE", "--work", "--force=False", "--only", "--json=False", "--debug=False"],
     "pipeline plan": ["PIPELINE", "--work", "--force=False", "--json=False", "--debug=False"],
@@ -184,7 +188,7 @@ def test_the_surface_is_frozen():
 
 def test_every_command_speaks_json_and_debug():
     for name, words in SURFACE.items():
-        if name not in ("", "pipeline"):
+        if name not in ("", "pipeline", "kernels"):
             assert {"--json=False", "--debug=False"} <= set(words), name
 
 

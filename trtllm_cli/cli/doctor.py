@@ -21,7 +21,7 @@ _DISTRIBUTIONS = {"tensorrt_rtx": "tensorrt_rtx_cu13", "modelopt": "nvidia-model
 
 
 def command(as_json: Json = False, debug: Debug = False) -> None:
-    """Report versions, the native CPU library, backends, and the supported model families."""
+    """Report versions, the native CPU library, the CUDA kernels, backends, and the supported model families."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -49,6 +49,7 @@ def command(as_json: Json = False, debug: Debug = False) -> None:
         else:
             facts["native"] = {"problem": problem}
             out.line(f"native CPU library: none ({problem}); CPU engines run on the slower torch executor")
+        facts["cuda"] = _cuda(out)
         machine = hardware().model_dump(mode="json")
         facts["hardware"] = machine
         out.line(
@@ -59,3 +60,28 @@ def command(as_json: Json = False, debug: Debug = False) -> None:
         out.line(f"families: {', '.join(supported())}")
         out.line("backends: cpu (build, run, eval, bench); tensorrt (build only in this version)")
         out.result(facts)
+
+
+def _cuda(out: Output) -> dict[str, Any]:
+    """The CUDA kernels: GPUs, compiler, library. Compiles nothing."""
+    from trtllm_cli.cli.kernels import not_built
+    from trtllm_cli.errors import UserError
+    from trtllm_cli.ops.cuda import library, toolkit
+
+    gpus = library.gpus()
+    seen = "; ".join(f"{name} (compute capability {number // 10}.{number % 10})" for name, number in gpus)
+    out.line(f"GPU: {seen or 'torch sees none'}")
+    compiler = toolkit.nvcc()
+    facts: dict[str, Any] = {"gpus": [{"name": name, "compute_capability": number} for name, number in gpus]}
+    try:
+        facts["nvcc"] = None if compiler is None else {"path": compiler, "version": toolkit.release(compiler)}
+        out.line(f"nvcc: {f'{toolkit.release(compiler)}, {compiler}' if compiler else 'none'}")
+        found = library.find()
+    except UserError as problem:
+        out.line(f"CUDA kernels: none ({problem.message})")
+        return {**facts, "problem": problem.message}
+    if found is None:
+        out.line(f"CUDA kernels: none; {not_built()}")
+        return {**facts, "problem": not_built()}
+    out.line(f"CUDA kernels: CUDA {found.info['toolkit']}, for {', '.join(found.info['architectures'])}, {found.path}")
+    return {**facts, "library": {"path": str(found.path), **found.info}}

@@ -13,7 +13,19 @@ from typing import Annotated
 import typer
 
 from trtllm_cli import __version__
-from trtllm_cli.cli import artifacts, build, convert, doctor, download, evaluate, export, pipeline, quantize, run
+from trtllm_cli.cli import (
+    artifacts,
+    build,
+    convert,
+    doctor,
+    download,
+    evaluate,
+    export,
+    kernels,
+    pipeline,
+    quantize,
+    run,
+)
 from trtllm_cli.errors import EXIT_BAD_INPUT, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UserError
 
 #: typer's parsing errors; newer versions carry their own copy of click, so click's class would not match
@@ -43,6 +55,7 @@ app.command("verify", rich_help_panel=_LOOK)(artifacts.verify_command)
 app.command("diff", rich_help_panel=_LOOK)(artifacts.diff_command)
 app.command("schema", rich_help_panel=_LOOK)(artifacts.schema_command)
 app.command("doctor", rich_help_panel=_LOOK)(doctor.command)
+app.add_typer(kernels.app, name="kernels", rich_help_panel=_LOOK)
 
 
 def _print_version(wanted: bool) -> None:

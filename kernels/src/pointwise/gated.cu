@@ -1,0 +1,179 @@
+// The gate of a gated MLP: out = act(gate) * up, computed in float32, with quantization of the result.
+#include <utility>
+
+#include "rows.cuh"
+#include "trtllm_kernels/pointwise.h"
+
+namespace trtllm::pointwise {
+namespace {
+
+const Capability capability(
+    R"({"kernel": "gated", "family": "pointwise", "min_compute_capability": 80,
+        "dtypes": ["float16", "bfloat16", "float32"], "out_dtypes": ["as gate", "int8", "float8_e4m3"],
+        "activations": ["silu", "gelu", "gelu_tanh"], "options": ["scale a token", "static scale"]})");
+const StructSize size("trtllm_gated_params", sizeof(trtllm_gated_params));
+
+// gelu_tanh: (1 + tanh(u)) / 2 is the sigmoid of 2u.
+__device__ __forceinline__ float activate(float x, int activation) {
+    if (activation == 1) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+    const float z = activation == 0 ? x : 1.5957691216057308f * x * (1.0f + 0.044715f * x * x);
+    return __fdividef(x, 1.0f + __expf(-z));
+}
+
+// ---- every element by itself: no scale, or a static one -------------------------------------------------------------
+
+constexpr int kThreads = 256;
+
+template <typename T, int V, int N>
+__global__ void __launch_bounds__(kThreads) gated_kernel(const __grid_constant__ trtllm_gated_params p) {
+    ptx::wait_for_previous_kernel();
+    ptx::let_next_kernel_start();
+    const int64_t token = blockIdx.x;
+    const int64_t start = (blockIdx.y * int64_t(N) * kThreads + threadIdx.x) * V;
+    const T* gate = static_cast<const T*>(p.gate) + token * p.gate_stride;
+    const T* up = static_cast<const T*>(p.up) + token * p.up_stride;
+    Pack<T, V> a[N], b[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        const int64_t at = start + n * kThreads * V;
+        if (at < p.width) {
+            a[n] = load<T, V>(gate + at);
+            b[n] = load<T, V>(up + at);
+        }
+    }
+    const Divisor divided(p.static_scale == nullptr ? 1.0f : *p.static_scale);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        const int64_t at = start + n * kThreads * V;
+        if (at >= p.width) continue;
+        float y[V], by[V];
+        widen<T, V>(y, a[n]);
+        widen<T, V>(by, b[n]);
+#pragma unroll
+        for (int i = 0; i < V; ++i) y[i] = activate(y[i], p.activation) * by[i];
+        if (p.static_scale == nullptr) {
+            store<T, V>(static_cast<T*>(p.out) + token * p.out_stride + at, y);
+        } else {
+#pragma unroll
+            for (int i = 0; i < V; ++i) y[i] = divided(y[i]);
+            store_8bit(static_cast<uint8_t*>(p.out) + token * p.out_stride + at, y, p.out_dtype == TRTLLM_INT8);
+        }
+    }
+}
+
+// ---- with a scale for each token: the row is needed whole -----------------------------------------------------------
+
+template <typename T, int V, int N>
+__global__ void __launch_bounds__(1024) gated_token_kernel(const __grid_constant__ trtllm_gated_params p) {
+    __shared__ float largest[32];
+    const int64_t row = blockIdx.x * int64_t(blockDim.y) + threadIdx.y;
+    if (row >= p.tokens) return;
+    ptx::wait_for_previous_kernel();
+    ptx::let_next_kernel_start();
+    const T* gate = static_cast<const T*>(p.gate) + row * p.gate_stride;
+    const T* up = static_cast<const T*>(p.up) + row * p.up_stride;
+    Pack<T, V> a[N], b[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        const int at = int(threadIdx.x + n * blockDim.x) * V;
+        if (at < p.width) {
+            a[n] = load<T, V>(gate + at);
+            b[n] = load<T, V>(up + at);
+        }
+    }
+    float y[N][V];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        const int at = int(threadIdx.x + n * blockDim.x) * V;
+        if (at < p.width) {
+            float by[V];
+            widen<T, V>(y[n], a[n]);
+            widen<T, V>(by, b[n]);
+#pragma unroll
+            for (int i = 0; i < V; ++i) y[n][i] = activate(y[n][i], p.activation) * by[i];
+        } else {
+#pragma unroll
+            for (int i = 0; i < V; ++i) y[n][i] = 0.0f;
+        }
+    }
+    const auto value = [&](int n, float(&to)[V]) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) to[i] = y[n][i];
+    };
+    write_row<T, V, N>(value, row, p.width, p.out, p.out_stride, p.out_dtype, nullptr, p.token_scales, largest);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(1024) gated_long_kernel(const __grid_constant__ trtllm_gated_params p) {
+    __shared__ float largest[32];
+    ptx::wait_for_previous_kernel();
+    ptx::let_next_kernel_start();
+    const int64_t row = blockIdx.x;
+    const T* gate = static_cast<const T*>(p.gate) + row * p.gate_stride;
+    const T* up = static_cast<const T*>(p.up) + row * p.up_stride;
+    const auto value = [&](int64_t i) { return activate(float(gate[i]), p.activation) * float(up[i]); };
+    write_long_row<T>(value, row, p.width, p.out, p.out_stride, p.out_dtype, nullptr, p.token_scales, largest);
+}
+
+template <typename T>
+void launch_gated(const trtllm_gated_params& p, cudaStream_t stream) {
+    constexpr int V = kVector<T>;
+    const size_t out_bytes = bytes_of(trtllm_dtype(p.out_dtype));
+    const bool fits = p.width % V == 0 && aligned(p.gate, p.gate_stride, sizeof(T), 16) &&
+                      aligned(p.up, p.up_stride, sizeof(T), 16) &&
+                      aligned(p.out, p.out_stride, out_bytes, V * out_bytes);
+    const int64_t count = fits ? p.width / V : p.width;
+    if (p.token_scales != nullptr) {
+        const RowShape shape = row_shape(p.tokens, count);
+        void (*kernel)(trtllm_gated_params) = gated_long_kernel<T>;
+        if (fits && shape.vectors == 1) kernel = gated_token_kernel<T, V, 1>;
+        if (fits && shape.vectors == 2) kernel = gated_token_kernel<T, V, 2>;
+        if (fits && shape.vectors == 4) kernel = gated_token_kernel<T, V, 4>;
+        if (!fits && shape.vectors != 0) kernel = gated_token_kernel<T, 1, 4>;
+        return launch(kernel, p, shape.grid, shape.block, stream, p.pdl != 0);
+    }
+    // few tokens: spread them over as many multiprocessors as there are; many: two vectors a thread
+    const bool many = p.tokens * count > int64_t(kThreads) * 8 * multiprocessors();
+    const int n = !fits ? 4 : many ? 2 : 1;
+    const dim3 grid(unsigned(p.tokens), unsigned((count + n * kThreads - 1) / (n * kThreads)));
+    launch(!fits  ? gated_kernel<T, 1, 4>
+           : many ? gated_kernel<T, V, 2>
+                  : gated_kernel<T, V, 1>,
+           p, grid, dim3(kThreads), stream, p.pdl != 0);
+}
+
+}  // namespace
+}  // namespace trtllm::pointwise
+
+extern "C" int trtllm_gated_supports(const trtllm_gated_params* p, int compute_capability) {
+    using namespace trtllm;
+    using namespace trtllm::pointwise;
+    if (const auto code = check_gpu("gated", compute_capability)) return code;
+    if (const auto code = check_types("gated", p->dtype, p->out_dtype)) return code;
+    if (const auto code = check_sizes("gated", p->tokens, p->width)) return code;
+    if (p->width > 65535 * 1024) {
+        return refuse(cudaErrorInvalidValue, "gated takes a width up to 67107840, not %lld: split the rows",
+                      static_cast<long long>(p->width));
+    }
+    if (p->activation < 0 || p->activation > 2) {
+        return refuse(cudaErrorInvalidValue, "gated knows activations 0 (silu), 1 (gelu) and 2 (gelu_tanh), not %d",
+                      p->activation);
+    }
+    return cudaSuccess;
+}
+
+extern "C" int trtllm_gated(const trtllm_gated_params* p, trtllm_stream stream) {
+    using namespace trtllm;
+    using namespace trtllm::pointwise;
+    if (const int code = trtllm_gated_supports(p, compute_capability())) return code;
+    if (const auto code = check_scales("gated", p->out_dtype, p->static_scale, p->token_scales)) return code;
+    if (p->tokens == 0 || p->width == 0) return cudaSuccess;
+    for (const auto& [name, pointer] : {std::pair<const char*, const void*>{"gate", p->gate}, {"up", p->up}, {"out", p->out}}) {
+        if (const auto code = check_pointer("gated", name, pointer)) return code;
+    }
+    const auto on = static_cast<cudaStream_t>(stream);
+    if (p->dtype == TRTLLM_FLOAT16) launch_gated<__half>(*p, on);
+    if (p->dtype == TRTLLM_BFLOAT16) launch_gated<__nv_bfloat16>(*p, on);
+    if (p->dtype == TRTLLM_FLOAT32) launch_gated<float>(*p, on);
+    return launched("gated");
+}

@@ -1,0 +1,10 @@
+// Instances of the split kernel for fp8 weights.
+#include "weight_only_split.cuh"
+
+namespace trtllm::weight_only {
+
+cudaError_t split_fp8(const HopperLaunch& launch) {
+    return launch.half ? launch_split_of<__half, Weight::kFp8>(launch) : launch_split_of<__nv_bfloat16, Weight::kFp8>(launch);
+}
+
+}  // namespace trtllm::weight_only

@@ -1,0 +1,10 @@
+// Instances of the split kernel for int4 weights.
+#include "weight_only_split.cuh"
+
+namespace trtllm::weight_only {
+
+cudaError_t split_int4(const HopperLaunch& launch) {
+    return launch.half ? launch_split_of<__half, Weight::kInt4>(launch) : launch_split_of<__nv_bfloat16, Weight::kInt4>(launch);
+}
+
+}  // namespace trtllm::weight_only
