@@ -104,8 +104,7 @@ class Comparison:
             **os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
             "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
-        self.checkpoint = self.work / "checkpoint"
-        self._ours(["convert", str(options.source), "-o", str(self.checkpoint), "--dtype", "float32"], "convert")
+        self.checkpoint = self.checkpoint_of("float32")
         self.source_id = json.loads((self.checkpoint / "manifest.json").read_text())["id"]
         arguments = [str(self.checkpoint), str(self.work), str(options.calib), str(options.text)]
         sizes = [str(options.rows), str(LENGTH), str(options.windows)]
@@ -113,6 +112,12 @@ class Comparison:
             [sys.executable, "-c", _PREPARE, *arguments, *sizes], self.work / "logs" / "prepare.log", self.environment
         )
         self.calibration_digest = printed.split()[-1]
+
+    def checkpoint_of(self, dtype: str) -> Path:
+        """The model converted to ``dtype``."""
+        path = self.work / ("checkpoint" if dtype == "float32" else f"checkpoint-{dtype}")
+        self._ours(["convert", str(self.options.source), "-o", str(path), "--dtype", dtype], f"convert-{dtype}")
+        return path
 
     def _ours(self, words: list[str], log: str) -> tuple[str, float, float]:
         command = [sys.executable, "-m", "trtllm_cli.cli.main", *words]
@@ -125,7 +130,8 @@ class Comparison:
         key = {**key, "source": self.source_id, "calibration": self.calibration_digest, "windows": self.options.windows}
         if path.is_file() and not self.options.redo:
             found: dict[str, Any] = json.loads(path.read_text())
-            if found["key"] == key:
+            older = {**found["key"], "commit": key.get("commit")} if self.options.keep_older else {}
+            if key in (found["key"], older):
                 say(f"{name}: measured before")
                 return found
         say(f"{name} ...")
@@ -138,8 +144,8 @@ class Comparison:
         say(f"{name}: {taken.get('failed') or format(taken['perplexity'], '.3f')}")
         return taken
 
-    def ours(self, name: str, arguments: tuple[str, ...] | None) -> dict[str, Any]:
-        """One row of ours; None is the unquantized model."""
+    def ours(self, name: str, arguments: tuple[str, ...] | None, dtype: str = "float32") -> dict[str, Any]:
+        """One row of ours, from the model in ``dtype``; None is the unquantized model."""
         slug = f"ours-{_slug(name)}"
         quantized, engine = self.work / "ours" / slug / "checkpoint", self.work / "ours" / slug / "engine"
         needs_calibration = arguments is not None and not {"int8-weight-only", "int4-weight-only"} & set(arguments)
@@ -151,9 +157,9 @@ class Comparison:
 
         def measure() -> dict[str, Any]:
             found: dict[str, Any] = {}
-            model = self.checkpoint
+            model = self.checkpoint_of(dtype)
             if arguments is not None:
-                command = ["quantize", str(self.checkpoint), "-o", str(quantized), *words, "--force", "--json"]
+                command = ["quantize", str(model), "-o", str(quantized), *words, "--force", "--json"]
                 _, found["quantize_s"], found["peak_mib"] = self._ours(command, f"{slug}-quantize")
                 record = json.loads((quantized / "manifest.json").read_text())["body"]["quantization"]
                 found["bits_per_weight"] = record["bits_per_weight"]
@@ -169,7 +175,8 @@ class Comparison:
             [result] = json.loads(printed.splitlines()[-1])["results"]
             return {**found, "perplexity": result["perplexity"], "nll": result["nll"], "executor": _executor(engine)}
 
-        return self._kept(slug, {"ours": list(words), "commit": commit()["id"]}, measure)
+        source = {} if dtype == "float32" else {"dtype": dtype}
+        return self._kept(slug, {"ours": list(words), "commit": commit()["id"], **source}, measure)
 
     def peer(self, name: str, peer: Peer | None) -> dict[str, Any]:
         """One package's recipe; None is the unquantized model in transformers."""
@@ -205,7 +212,7 @@ class Comparison:
             if "--provider" in row.ours and find_spec("modelopt") is None:
                 found["ours"] = {"failed": "nvidia-modelopt is not installed beside trtllm-cli"}
             else:
-                found["ours"] = self.ours(row.name, row.ours)
+                found["ours"] = self.ours(row.name, row.ours, row.dtype)
         if not self.options.ours_only:
             wanted = self.options.peers or ["*"]
             found["peers"] = [
@@ -270,6 +277,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], help="rows whose name matches, such as 'GPTQ*'")
     parser.add_argument("--ours-only", action="store_true", help="leave the peers out")
     parser.add_argument("--peers", action="append", default=[], help="peers that match, such as 'llmcompressor GPTQ*'")
+    parser.add_argument("--keep-older", action="store_true", help="keep ours of other commits; each row tells its own")
     parser.add_argument("--redo", action="store_true", help="measure again what was measured")
     parser.add_argument("--rows", type=int, default=ROWS, help="calibration windows")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="windows of the measurement")

@@ -21,12 +21,16 @@ class Peer:
 
 @dataclass(frozen=True)
 class Row:
-    """``ours`` are options of ``trtllm-cli quantize``; None: we have nothing of the kind."""
+    """``ours`` are options of ``trtllm-cli quantize``; None: we have nothing of the kind.
+
+    ``dtype`` is the checkpoint's that ours starts from; peers always start from float32.
+    """
 
     name: str
     bound: float | None
     ours: tuple[str, ...] | None
     peers: tuple[Peer, ...] = field(default=())
+    dtype: str = "float32"
 
 
 def _weights(bits: int, group: int | None, symmetric: bool) -> dict[str, Any]:
@@ -118,6 +122,7 @@ def rows() -> tuple[Row, ...]:
                 Peer("quanto", "qint8", {"weights": "qint8"}),
             ),
         ),
+        Row("int8 weight-only, bfloat16 checkpoint", 28.84, keep_weights, dtype="bfloat16"),
         Row(
             "SmoothQuant int8, per channel / per token",
             29.3,
