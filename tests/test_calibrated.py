@@ -25,8 +25,8 @@ from trtllm_cli.artifacts.store import open_artifact
 from trtllm_cli.artifacts.tensors import TensorStore
 from trtllm_cli.models.families import family_of
 from trtllm_cli.ops.quantized import quantize_activation
-from trtllm_cli.quantize import calibrated
-from trtllm_cli.quantize.layerwise import GROUPS
+from trtllm_cli.quantize import calibrated, layerwise
+from trtllm_cli.quantize.groups import GROUPS
 from trtllm_cli.quantize.statistics import Collector
 from trtllm_cli.quantize.streaming import Store, Streamer
 from trtllm_cli.runtime.executor import Segment
@@ -154,7 +154,7 @@ def test_a_quantized_checkpoint_computes_nearly_what_its_source_does(options, te
 @pytest.mark.parametrize("options", METHODS, ids=lambda o: "-".join(map(str, o.values())))
 def test_recorded_errors_are_those_of_the_stored_tensors(options, text, text_checkpoint, tmp_path):
     """Only where no scale moved: then the source's weight is what was rounded."""
-    if options["method"] in ("smoothquant", "awq", "awq-gptq"):
+    if options["method"] in ("smoothquant", "awq", "awq-gptq") or options.get("kv_cache") == "int8":
         pytest.skip("the weight that was rounded is a moved one")
     made = quantize_to(text_checkpoint.path, tmp_path / "q", calib=str(text), **SMALL, **options)
     source = TensorStore(text_checkpoint.path)
@@ -287,6 +287,62 @@ def test_the_cache_alone_can_be_quantized(text, text_checkpoint, tmp_path):
     exact, before = logits(made.path, tokens), logits(text_checkpoint.path, tokens)
     assert 0 < np.linalg.norm(exact - before) / np.linalg.norm(before) < 0.1
     assert np.linalg.norm(native - exact) / np.linalg.norm(exact) < 1e-2
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_smoothing_keys_changes_nothing_but_the_cache(family, text, tmp_path, monkeypatch):
+    """The function of the smoothed weights is the source's, by the transformers model; a large key channel shrank."""
+    import transformers
+
+    from tests.support_models import _SMALL
+
+    config = getattr(transformers, f"{family}Config")(**{**_SMALL, "vocab_size": 320, "head_dim": 16})
+    torch.manual_seed(3)
+    model = getattr(transformers, f"{family}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            if family == "Llama":
+                attention.k_proj.weight[3] *= 30
+            if family == "Qwen2":
+                attention.k_proj.bias[3] += 20
+            if family == "Qwen3":
+                attention.k_norm.weight[3] *= 30
+    source = source_of(save_folder(model, tmp_path / "p", tokenizer=True), tmp_path / "source")
+    checkpoint = convert_to(source.path, tmp_path / "checkpoint")
+    common = {"method": "int8-weight-only", "overrides": ("*=none",), "calib": str(text), **SMALL}
+    made = quantize_to(checkpoint.path, tmp_path / "q", kv_cache="int8", **common)
+    tokens = torch.from_numpy(np.random.default_rng(5).integers(0, 320, (2, 40)))
+    with torch.no_grad():
+        before = model(tokens).logits
+        moved = 0
+        for i, layer in enumerate(model.model.layers):
+            for ours in ("q", "k", "q_norm", "k_norm"):
+                theirs = getattr(layer.self_attn, ours if "norm" in ours else f"{ours}_proj", None)
+                for kind in ("weight", "bias"):
+                    name, parameter = f"layers.{i}.attn.{ours}.{kind}", getattr(theirs, kind, None)
+                    if parameter is None:
+                        continue
+                    stored = TensorStore(made.path).tensor(name)
+                    mantissa, _ = torch.frexp(stored[parameter != 0] / parameter[parameter != 0])
+                    assert bool((mantissa == 0.5).all()), f"{name} was not scaled by powers of two"
+                    moved += int((stored != parameter).sum())
+                    parameter.copy_(stored)
+        assert moved
+        after = model(tokens).logits
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    exact = load_checkpoint(checkpoint.path, 64).executor.forward([Segment(0, 0, tokens[0].numpy(), "all")])
+    monkeypatch.setattr(layerwise.kv_cache, "key_smoothing", lambda largest, *_, **__: torch.ones_like(largest))
+    plain = quantize_to(checkpoint.path, tmp_path / "plain", kv_cache="int8", **common)
+    error = {
+        one.path.name: float(
+            np.linalg.norm(
+                load_checkpoint(one.path, 64).executor.forward([Segment(0, 0, tokens[0].numpy(), "all")]) - exact
+            )
+        )
+        for one in (made, plain)
+    }
+    assert 0 < error["q"] < error["plain"]
 
 
 @pytest.mark.parametrize(

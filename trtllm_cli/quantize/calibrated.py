@@ -23,7 +23,8 @@ from trtllm_cli.errors import DoesNotFitError
 from trtllm_cli.models.spec import DecoderSpec
 from trtllm_cli.models.weights import dequantized
 from trtllm_cli.progress import Reporter
-from trtllm_cli.quantize.layerwise import LayerQuantizer, LayerResult
+from trtllm_cli.quantize.groups import LayerResult
+from trtllm_cli.quantize.layerwise import LayerQuantizer
 from trtllm_cli.quantize.options import QuantizeOptions, parse_bytes
 from trtllm_cli.quantize.selection import Choice
 from trtllm_cli.quantize.streaming import SPILLED, Streamer, choose_compute, choose_device

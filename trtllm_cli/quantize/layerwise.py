@@ -9,16 +9,15 @@ groups before it produce, so errors are corrected as they arise (true-sequential
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trtllm_cli.artifacts.schema import LayerQuantization
 from trtllm_cli.errors import BadInputError
-from trtllm_cli.ops.quantized import Type8, quantize_activation
+from trtllm_cli.ops.quantized import Type8
+from trtllm_cli.quantize.groups import GROUPS, Group, LayerResult, output_error
 from trtllm_cli.quantize.methods import awq, kv_cache, smoothquant
 from trtllm_cli.quantize.methods.base import QuantizedRows
 from trtllm_cli.quantize.methods.gptq import gptq
@@ -31,34 +30,6 @@ from trtllm_cli.quantize.streaming import Store, Streamer
 _GPTQ = ("gptq", "awq-gptq")
 _AWQ = ("awq", "awq-gptq")
 _MIGRATING = ("smoothquant", *_AWQ)
-#: token rows on which a module's output error is measured
-_ERROR_ROWS = 512
-
-
-@dataclass(frozen=True)
-class Group:
-    """Linears of one input. Scale moves out of the input into ``source``: a norm, or the rows of a linear."""
-
-    key: str
-    modules: tuple[str, ...]
-    source: str
-    norm: bool
-
-
-GROUPS = (
-    Group("attn.qkv", ("attn.q", "attn.k", "attn.v"), "attn_norm", True),
-    Group("attn.o", ("attn.o",), "attn.v", False),
-    Group("mlp.gate_up", ("mlp.gate", "mlp.up"), "mlp_norm", True),
-    Group("mlp.down", ("mlp.down",), "mlp.up", False),
-)
-
-
-@dataclass
-class LayerResult:
-    """What a layer became: tensors by canonical name (only those that changed or are new) and a record a module."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    records: list[LayerQuantization] = field(default_factory=list)
 
 
 class LayerQuantizer:
@@ -420,7 +391,7 @@ class LayerQuantizer:
                 note="; ".join(text for text in (note, moved) if text) or None,
                 activation=choice.activation,
                 method=choice.method,
-                output_error=None if found is None else _output_error(found, weight, made.dequantized, choice, scale),
+                output_error=None if found is None else output_error(found, weight, made.dequantized, choice, scale),
                 parameters={**decided, **parameters},
             )
         )
@@ -438,16 +409,3 @@ class LayerQuantizer:
         """An unquantized tensor that changed."""
         self._result.tensors[name] = value.cpu()
         self._s.weights.set(name, value)
-
-
-def _output_error(found: Statistics, weight: Tensor, made: Tensor, choice: Choice, scale: Tensor | None) -> float:
-    """||Y - Y'|| / ||Y|| over some of the sampled tokens, the input's quantization included."""
-    x = found.sample[:: max(1, found.sample.shape[0] // _ERROR_ROWS)].float()
-    exact = F.linear(x, weight)
-    if choice.activation is None:
-        difference = F.linear(x, made - weight)
-    else:
-        values, scales = quantize_activation(x, choice.activation.type, scale)
-        difference = F.linear(values * scales, made) - exact
-    norm = float(torch.linalg.vector_norm(exact, dtype=torch.float64))
-    return float(torch.linalg.vector_norm(difference, dtype=torch.float64)) / norm if norm else 0.0
