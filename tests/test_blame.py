@@ -27,6 +27,7 @@ from tests.support_artifacts import (
 )
 from trtllm_cli.artifacts.config import configure
 from trtllm_cli.artifacts.results import BlameResult, DivergenceResult
+from trtllm_cli.artifacts.schema import KvCacheScheme
 from trtllm_cli.artifacts.store import Artifact
 from trtllm_cli.artifacts.tensors import TensorStore
 from trtllm_cli.cli.main import app
@@ -135,7 +136,7 @@ def test_moved_scale_makes_neighbours_one_part(made: dict[str, Any], smooth: Art
     cached = [entry.name for entry in result.parts if "kv_cache" in entry.name]
     assert len(cached) == 2
     assert cached[0].endswith(".(attn_norm, q, k, v, o, kv_cache)")
-    assert result.together == pytest.approx(divergence.mean, rel=1e-3)
+    assert result.together == pytest.approx(divergence.mean, rel=1e-2)
     # a part torn from its neighbours would cost many times the whole
     assert max(entry.divergence for entry in result.parts) < result.together * 1.5
     assert 0.3 < sum(entry.divergence for entry in result.parts) / result.together < 3
@@ -200,6 +201,16 @@ def test_parts_are_as_small_as_stays_consistent(made: dict[str, Any], int4: Arti
     }
     assert grouped({f"{p}.mlp.up": 1 / t[:, None], f"{p}.mlp.down": t}) == {("mlp.up", "mlp.down")}
     assert grouped({f"{p}.attn.v": 1 / s[:64, None], f"{p}.attn.o": s}) == {("attn.v", "attn.o")}
+    # one channel of a cached key, so few rows that only the cache makes them matter
+    few = torch.ones(64, 1)
+    few[5] = 0.5
+    model = Changed({f"{p}.attn.k": few})
+    model.kv_cache = KvCacheScheme(type="int8", granularity="head")
+    together = {part.name for part in find_parts(model, store) if part.layer == 1 and part.cache}
+    assert together == {"layers.1.(q, k, kv_cache)"}
+    model.factors = {f"{p}.attn.k": few, f"{p}.attn.v": 1 / s[:64, None], f"{p}.attn.o": s}
+    together = {part.name for part in find_parts(model, store) if part.layer == 1 and part.cache}
+    assert together == {"layers.1.(q, k, v, o, kv_cache)"}
 
 
 def test_the_report_holds_and_draws_it(made: dict[str, Any], int4: Artifact, tmp_path: Path) -> None:

@@ -155,22 +155,26 @@ def _layer_parts(model: QuantizedModel, source: TensorStore, layer: int) -> list
         if unquantized or look.rows_moved(source_module) or look.columns_moved(reader):
             join(source_module, reader)
             values_moved |= source_module == v
-    if look.rows_moved(q) or look.rows_moved(k):
+    cache = model.kv_cache is not None
+    keys_moved = look.rows_moved(q) or look.rows_moved(k) or (cache and look.some_rows_doubled(k))
+    if keys_moved:
         join(q, k)
     if model.spec.qk_norm and (look.differs(q_norm) or look.differs(k_norm)):
+        keys_moved = True
         join(q, k, q_norm, k_norm)
+    if cache and keys_moved and values_moved:
+        join(k, v)
     found: list[Part] = []
-    cache = model.kv_cache is not None
     for name in names:
         group = groups[name]
         if name != next(n for n in names if n in group):
             continue
         members = tuple(n for n in names if n in group and look.differs(n))
-        # where scale left the values, the cache's scales are for the values that remain
-        with_cache = cache and values_moved and v in group
+        # where scale left keys or values, the cache's scales are for those that remain
+        with_cache = cache and ((keys_moved and k in group) or (values_moved and v in group))
         if members or with_cache:
             found.append(Part(members, layer, with_cache))
-    if cache and not values_moved:
+    if cache and not keys_moved and not values_moved:
         found.append(Part((), layer, True))
     return found
 
@@ -194,6 +198,14 @@ class _Look:
 
     def columns_moved(self, module: str) -> bool:
         return self._fitted(module)[1]
+
+    def some_rows_doubled(self, module: str) -> bool:
+        """Whether any row is another power of two times the source's: too few for the spread over all rows to show."""
+        if not self.differs(module) or self.columns_moved(module):
+            return False
+        weight, source = self._model.weight(module), self._source.tensor(f"{module}.weight").float()
+        factors = _ratio((weight * source).sum(1), source.square().sum(1))
+        return bool((factors.abs().log2().abs() > 0.4).any())
 
     def _equal(self, module: str) -> bool:
         bias, name = self._model.bias(module), f"{module}.bias"
