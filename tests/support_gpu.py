@@ -210,7 +210,9 @@ def guarded_allocations(written: bool = True, least_bytes: int = 0) -> Iterator[
     with _patched(empty, empty_like, new_empty):
         yield made
     for one in made:
-        one.check(written and one.tensor.nbytes >= least_bytes)
+        # a workspace is raw bytes, and any byte may be part of what a kernel keeps there
+        raw = one.tensor.dtype == torch.uint8
+        one.check(written and not raw and one.tensor.nbytes >= least_bytes)
 
 
 @contextlib.contextmanager

@@ -166,6 +166,13 @@ def test_the_operators_on_a_cpu_are_the_twin(cache_dtype: torch.dtype | None) ->
     assert int(out[1].count_nonzero()) == 0
 
 
+def test_no_pages_give_zeros() -> None:
+    p = problem([0, 0], device="cpu")
+    found = Problem(p.q, p.k_cache[:0], p.v_cache[:0], p.page_table, p.lengths, p.options).found()
+    assert found.shape == (2, 1, 8, 128)
+    assert int(found.count_nonzero()) == 0
+
+
 def test_shapes_without_data() -> None:
     p = problem([20, 3], device="cpu")
     with FakeTensorMode() as mode:
@@ -197,6 +204,7 @@ def test_refusals_name_what_is_wrong() -> None:
     assert_refused(call(q=p.q.half()), "float16", "int8")
     assert_refused(call(lengths=p.lengths.long()), "lengths", "int32")
     assert_refused(call(page_table=p.page_table[:1]), "page_table", "[2, max_pages]")
+    assert_refused(call(k_cache=p.k_cache[:0], v_cache=p.v_cache[:0]), "1 columns", "without pages")
     assert_refused(call(k_scale=scale), "k_scale given")
     assert_refused(call(k_cache=p.k_cache.to(torch.int8), v_cache=p.v_cache.to(torch.int8)), "k_scale missing")
     assert_refused(call(k_cache=p.k_cache[:, :, :8]), "caches")

@@ -142,10 +142,10 @@ def test_rows_without_a_largest_logit_are_marked() -> None:
 
 
 def test_the_operator_passes_torchs_checks() -> None:
-    ones = torch.ones(2)
-    arguments = (torch.randn(2, 9), torch.zeros(2, 9, dtype=torch.int16), ones, None, ones * 0.5)
-    more = {"seeds": torch.arange(2), "steps": torch.zeros(2, dtype=torch.int32), "advance": True}
-    torch.library.opcheck(sampling.sample, arguments, more, test_utils=("test_schema", "test_faketensor"))
+    ones, counts = torch.ones(2), torch.zeros(2, 9, dtype=torch.int16)
+    arrays = (ones, None, ones * 0.5, None, None, None, None, torch.arange(2), torch.zeros(2, dtype=torch.int32))
+    arguments = (torch.randn(2, 9), counts, *arrays, True, 0, 0)
+    torch.library.opcheck(sampling._sample, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_refusals_name_what_is_wrong() -> None:

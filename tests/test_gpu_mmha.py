@@ -23,7 +23,7 @@ from tests.support_gpu import (
     needs_gpu,
 )
 from tests.support_mmha import FP8, Problem, problem, tables
-from trtllm_cli.ops.cuda import library, mmha, mmha_twin
+from trtllm_cli.ops.cuda import library, mmha, mmha_params, mmha_twin
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -278,7 +278,7 @@ def test_only_the_output_is_written() -> None:
     p = problem([70, 0, 130], heads=8, size=96)
     out = Guarded((3, 1, 8, 96), p.q.dtype, strides=(8 * 200, 8 * 200, 200, 1))
     workspace = p.workspace(8)
-    params = mmha._params(p.q, p.k_cache, p.v_cache, out.tensor, p.page_table, p.lengths, workspace)
+    params = mmha_params.common(p.q, p.k_cache, p.v_cache, out.tensor, p.page_table, p.lengths, workspace)
     params.q_length, params.heads, params.scale = 1, 8, p.options["scale"]
     params.q_batch_stride, params.q_token_stride, params.q_head_stride = p.q.stride()[:3]
     library.load().launch("mmha", params)
@@ -291,6 +291,10 @@ def test_empty_batches() -> None:
     assert empty.found().shape == (0, 1, 8, 128)
     p.lengths.zero_()
     assert int(p.found().count_nonzero()) == 0
+    pages = problem([0, 0])  # a page table without columns, and then a pool without pages
+    for pool in (pages.k_cache, pages.k_cache[:0]):
+        found = Problem(pages.q, pool, pool, pages.page_table, pages.lengths, pages.options).found()
+        assert found.shape == (2, 1, 8, 128) and int(found.count_nonzero()) == 0
 
 
 def test_refusals_say_what_and_what_instead() -> None:
@@ -307,7 +311,9 @@ def test_refusals_say_what_and_what_instead() -> None:
 
 
 def test_older_gpus_are_refused_with_a_sentence() -> None:
-    params = mmha.MmhaParams(dtype=library.FLOAT16, cache_dtype=library.INT8, head_size=128, page_size=64, heads=8)
+    params = mmha_params.MmhaParams(
+        dtype=library.FLOAT16, cache_dtype=library.INT8, head_size=128, page_size=64, heads=8
+    )
     params.kv_heads, params.q_length, params.scale = 8, 1, 1.0
     assert library.load().supports("mmha", params, 80) is None
     assert "8.0" in (library.load().supports("mmha", params, 75) or "")

@@ -174,10 +174,10 @@ def test_act_order_is_gathered() -> None:
     agrees(activations(3, 1024, torch.bfloat16), weight, norm_weight=norm)
 
 
-@pytest.mark.parametrize("factor", [1e-8, 1e5])
+@pytest.mark.parametrize("factor", [1e-8, 1e5, 1e7])
 def test_huge_and_tiny_scales(factor: float) -> None:
     weight = made_weight("int4 g128", 256, 512, torch.bfloat16, factor=factor)
-    assert weight.multiplier != 1.0
+    assert (weight.multiplier == 1.0) == (factor == 1e5)  # there the scales, about 1e3, are fine as float16
     agrees(activations(2, 512, torch.bfloat16), weight)
 
 

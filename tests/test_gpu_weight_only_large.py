@@ -123,7 +123,7 @@ def test_any_shape_with_anything_fused(
 
 
 @pytest.mark.parametrize("tactic", [0, PORTABLE, PERSISTENT])
-@pytest.mark.parametrize("factor", [1e-8, 1e5])
+@pytest.mark.parametrize("factor", [1e-8, 1e7])  # scales that float16 would lose
 def test_huge_and_tiny_scales(factor: float, tactic: int) -> None:
     weight = made_weight("int4 g128", 256, 512, torch.bfloat16, factor=factor)
     assert weight.multiplier != 1.0

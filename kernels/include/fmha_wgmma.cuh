@@ -116,7 +116,9 @@ __device__ __forceinline__ void copy_box_4d(void* to, const CUtensorMap* map, in
 }
 __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
 #if defined(TRTLLM_DEBUG_SPIN)
-    for (int spins = 0;; ++spins) {
+    uint64_t start, now;  // nanoseconds
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+    for (;;) {
         uint32_t done;
         asm volatile(
             "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
@@ -124,7 +126,8 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
             : "r"(ptx::shared_address(barrier)), "r"(parity)
             : "memory");
         if (done) return;
-        if (spins > 4000000) __trap();
+        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+        if (now - start > 1000000000) __trap();
     }
 #else
     ptx::barrier_wait(barrier, parity);

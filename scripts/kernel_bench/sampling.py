@@ -49,8 +49,7 @@ def _case(batch: int, dtype: torch.dtype, setting: dict[str, Any], bounds: Any) 
         return (torch.randn(batch, VOCAB, device="cuda") * 2.5).to(dtype)
 
     def ours(logits: Tensor, cluster: int = 0) -> Tensor:
-        tokens: Tensor = sampling.sample(logits, **arrays, cluster=cluster, pdl=1)
-        return tokens
+        return sampling.sample(logits, **arrays, cluster=cluster, pdl=1)
 
     def torchs(logits: Tensor) -> Tensor:
         if not setting:

@@ -12,7 +12,8 @@ extern "C" {
  * where a window is given. Key j lies in page n = page_table[b, j / page_size] of the pools, at [n, kv_head, j %
  * page_size]. The score is  cap(scale * q.k) + slope[head] * (j - p)  with  cap(s) = soft_cap * tanh(s / soft_cap).
  * Query head h reads kv head h / (heads / kv_heads). A token that sees nothing (a sequence of length 0) gives zeros. An
- * 8-bit cache holds value / scale[kv_head]. Lengths above max_length count as max_length, below 0 as 0.
+ * 8-bit cache holds value / scale[kv_head]. Lengths above max_length count as max_length, below 0 as 0; with a
+ * max_length of 0 caches and page_table may be null.
  *
  * append 1: q is the raw row of a fused projection, heads * D of q, kv_heads * D of k, kv_heads * D of v (q_head_stride
  * D); q_length is 1. q and k are normalised per head (RMS; x / sqrt(mean(x^2) + norm_eps) * (weight + norm_offset);

@@ -108,9 +108,14 @@ cudaError_t check_strides(const trtllm_mmha_params& p) {
 }
 
 cudaError_t check_pointers(const trtllm_mmha_params& p) {
-    if (p.q == nullptr || p.k_cache == nullptr || p.v_cache == nullptr || p.out == nullptr || p.page_table == nullptr ||
-        p.lengths == nullptr) {
-        return refuse(kInvalid, "mmha needs q, k_cache, v_cache, out, page_table and lengths, and one of them is null");
+    if (p.q == nullptr || p.out == nullptr || p.lengths == nullptr) {
+        return refuse(kInvalid, "mmha needs q, out and lengths, and one of them is null");
+    }
+    // where no sequence can have a key, nothing of these is read
+    if (p.max_length > 0 && (p.k_cache == nullptr || p.v_cache == nullptr || p.page_table == nullptr)) {
+        return refuse(kInvalid,
+                      "mmha needs k_cache, v_cache and page_table for sequences of up to %d keys, and one of them is "
+                      "null", p.max_length);
     }
     if (!aligned(p.q, 4) || !aligned(p.k_cache, 16) || !aligned(p.v_cache, 16) || !aligned(p.out, 16)) {
         return refuse(kInvalid, "mmha needs the caches and out aligned to 16 bytes and q to 4: copy to a new tensor");

@@ -1,4 +1,6 @@
 // The gate of a gated MLP: out = act(gate) * up, computed in float32, with quantization of the result.
+#include <cooperative_groups.h>
+
 #include <utility>
 
 #include "rows.cuh"
@@ -103,6 +105,49 @@ __global__ void __launch_bounds__(1024) gated_token_kernel(const __grid_constant
     write_row<T, V, N>(value, row, p.width, p.out, p.out_stride, p.out_dtype, nullptr, p.token_scales, largest);
 }
 
+// A few tokens: each over a cluster of blocks, since one multiprocessor would be busy with the exponentials of a row for
+// longer than everything else takes.
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads) gated_cluster_kernel(const __grid_constant__ trtllm_gated_params p) {
+#if __CUDA_ARCH__ >= 900
+    __shared__ float largest[32], of_blocks[8];
+    auto cluster = cooperative_groups::this_cluster();
+    cluster.barrier_arrive();  // waited for before the first word goes to a neighbour, who must have started by then
+    ptx::wait_for_previous_kernel();
+    ptx::let_next_kernel_start();
+    const int64_t row = blockIdx.y;
+    const int at = int(blockIdx.x * kThreads + threadIdx.x) * V;
+    float y[V] = {};
+    float most = 0.0f;
+    if (at < p.width) {
+        const Pack<T, V> gate = load<T, V>(static_cast<const T*>(p.gate) + row * p.gate_stride + at);
+        const Pack<T, V> up = load<T, V>(static_cast<const T*>(p.up) + row * p.up_stride + at);
+        float by[V];
+        widen<T, V>(y, gate);
+        widen<T, V>(by, up);
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+            y[i] = activate(y[i], p.activation) * by[i];
+            most = fmaxf(most, fabsf(y[i]));
+        }
+    }
+    most = over_row<Largest>(most, largest);
+    cluster.barrier_wait();
+    const unsigned blocks = gridDim.x;
+    if (threadIdx.x < blocks) *cluster.map_shared_rank(&of_blocks[blockIdx.x], threadIdx.x) = most;
+    cluster.sync();
+    for (unsigned i = 0; i < blocks; ++i) most = fmaxf(most, of_blocks[i]);
+    const bool int8 = p.out_dtype == TRTLLM_INT8;
+    const float scale = token_scale(most, int8);
+    if (at == 0) p.token_scales[row] = scale;
+    if (at >= p.width) return;
+    const Divisor divided(scale);
+#pragma unroll
+    for (int i = 0; i < V; ++i) y[i] = divided(y[i]);
+    store_8bit(static_cast<uint8_t*>(p.out) + row * p.out_stride + at, y, int8);
+#endif
+}
+
 template <typename T>
 __global__ void __launch_bounds__(1024) gated_long_kernel(const __grid_constant__ trtllm_gated_params p) {
     __shared__ float largest[32];
@@ -124,6 +169,11 @@ void launch_gated(const trtllm_gated_params& p, cudaStream_t stream) {
                       aligned(p.out, p.out_stride, out_bytes, V * out_bytes);
     const int64_t count = fits ? p.width / V : p.width;
     if (p.token_scales != nullptr) {
+        const int64_t blocks = (count + kThreads - 1) / kThreads;
+        if (fits && blocks > 1 && blocks <= 8 && p.tokens * blocks <= multiprocessors() && compute_capability() >= 90) {
+            return launch(gated_cluster_kernel<T, V>, p, dim3(unsigned(blocks), unsigned(p.tokens)), dim3(kThreads), stream,
+                          p.pdl != 0, unsigned(blocks));
+        }
         const RowShape shape = row_shape(p.tokens, count);
         void (*kernel)(trtllm_gated_params) = gated_long_kernel<T>;
         if (fits && shape.vectors == 1) kernel = gated_token_kernel<T, V, 1>;

@@ -9,17 +9,24 @@
 
 namespace trtllm::pointwise {
 
+/// `cluster` above 1 (compute capability 9.0): so many neighbours along x start together and share their memory.
 template <typename Params>
-void launch(void (*kernel)(Params), const Params& params, dim3 grid, dim3 block, cudaStream_t stream, bool pdl) {
+void launch(void (*kernel)(Params), const Params& params, dim3 grid, dim3 block, cudaStream_t stream, bool pdl,
+            unsigned cluster = 1) {
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
     config.stream = stream;
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap;
-    config.numAttrs = pdl && compute_capability() >= 90 ? 1 : 0;
+    cudaLaunchAttribute attributes[2] = {};
+    config.attrs = attributes;
+    if (pdl && compute_capability() >= 90) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs++].val.clusterDim = {cluster, 1, 1};
+    }
     cudaLaunchKernelEx(&config, kernel, params);
 }
 

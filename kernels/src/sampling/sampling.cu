@@ -37,6 +37,7 @@ cudaError_t launch(trtllm_sampling_params p, cudaStream_t stream) {
     if (code != cudaSuccess) {
         return refuse(code, "sampling could not get %zu bytes of shared memory: %s", bytes, cudaGetErrorString(code));
     }
+    if (p.cluster > 8) cudaFuncSetAttribute(sampling_kernel<T>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(p.batch) * unsigned(p.cluster));
     config.blockDim = dim3(kThreads);
@@ -75,7 +76,7 @@ extern "C" int trtllm_sampling_supports(const trtllm_sampling_params* p, int com
                       "sampling takes up to 16777216 rows of 1 to %d logits, not %d rows of %d: split the batch",
                       sampling::kMaxVocab, p->batch, p->vocab);
     }
-    const bool known = p->cluster == 0 || p->cluster == 1 || p->cluster == 2 || p->cluster == 4 || p->cluster == 8;
+    const bool known = p->cluster == 0 || p->cluster == 1 || p->cluster == 2 || p->cluster == 4 || p->cluster == 8 || p->cluster == 16;
     if (!known || (p->cluster > 1 && compute_capability < 90)) {
         return refuse(cudaErrorInvalidValue,
                       "sampling spreads a row over 1, or from compute capability 9.0 over 2, 4 or 8 thread blocks, not %d "

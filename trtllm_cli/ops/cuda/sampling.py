@@ -45,8 +45,7 @@ class SamplingParams(ctypes.Structure):
 
 def argmax(logits: Tensor, pdl: int = 0) -> Tensor:
     """int32 [batch]: the largest of logits [batch, vocab], the least id among equals; -1 as for ``sample``."""
-    tokens: Tensor = sample(logits, pdl=pdl)
-    return tokens
+    return sample(logits, pdl=pdl)
 
 
 def prompt_counts(prompts: Sequence[Sequence[int]], vocab: int, device: torch.device | str = "cpu") -> Tensor:
@@ -57,7 +56,6 @@ def prompt_counts(prompts: Sequence[Sequence[int]], vocab: int, device: torch.de
     return counts.to(device)
 
 
-@torch.library.custom_op("trtllm_cli::sample", mutates_args=("counts", "steps"), device_types="cuda")
 def sample(
     logits: Tensor,
     counts: Tensor | None = None,
@@ -84,6 +82,43 @@ def sample(
     of thread blocks a row is spread over, 0 chooses; ``pdl`` 1 overlaps with the kernel before.
     Raises UnsupportedError KERNEL_REFUSED for other shapes and types.
     """
+    tokens: Tensor = _sample(
+        logits,
+        counts,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition,
+        frequency,
+        presence,
+        seeds,
+        steps,
+        advance,
+        cluster,
+        pdl,
+    )
+    return tokens
+
+
+# Without default values: torch 2.11 leaves out trailing arguments that equal theirs, and misses the mutated ones then.
+@torch.library.custom_op("trtllm_cli::sample", mutates_args=("counts", "steps"), device_types="cuda")
+def _sample(
+    logits: Tensor,
+    counts: Tensor | None,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    repetition: Tensor | None,
+    frequency: Tensor | None,
+    presence: Tensor | None,
+    seeds: Tensor | None,
+    steps: Tensor | None,
+    advance: bool,
+    cluster: int,
+    pdl: int,
+) -> Tensor:
     arrays = dict(
         zip(_ARRAYS, (temperature, top_k, top_p, min_p, repetition, frequency, presence, seeds, steps), strict=True)
     )
@@ -109,22 +144,22 @@ def sample(
     return tokens
 
 
-@sample.register_kernel("cpu")
+@_sample.register_kernel("cpu")
 def _(
     logits: Tensor,
-    counts: Tensor | None = None,
-    temperature: Tensor | None = None,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-    min_p: Tensor | None = None,
-    repetition: Tensor | None = None,
-    frequency: Tensor | None = None,
-    presence: Tensor | None = None,
-    seeds: Tensor | None = None,
-    steps: Tensor | None = None,
-    advance: bool = False,
-    cluster: int = 0,
-    pdl: int = 0,
+    counts: Tensor | None,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    repetition: Tensor | None,
+    frequency: Tensor | None,
+    presence: Tensor | None,
+    seeds: Tensor | None,
+    steps: Tensor | None,
+    advance: bool,
+    cluster: int,
+    pdl: int,
 ) -> Tensor:
     arrays = dict(
         zip(_ARRAYS, (temperature, top_k, top_p, min_p, repetition, frequency, presence, seeds, steps), strict=True)
@@ -147,22 +182,22 @@ def _(
     return tokens
 
 
-@sample.register_fake
+@_sample.register_fake
 def _(
     logits: Tensor,
-    counts: Tensor | None = None,
-    temperature: Tensor | None = None,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-    min_p: Tensor | None = None,
-    repetition: Tensor | None = None,
-    frequency: Tensor | None = None,
-    presence: Tensor | None = None,
-    seeds: Tensor | None = None,
-    steps: Tensor | None = None,
-    advance: bool = False,
-    cluster: int = 0,
-    pdl: int = 0,
+    counts: Tensor | None,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    repetition: Tensor | None,
+    frequency: Tensor | None,
+    presence: Tensor | None,
+    seeds: Tensor | None,
+    steps: Tensor | None,
+    advance: bool,
+    cluster: int,
+    pdl: int,
 ) -> Tensor:
     return logits.new_empty(logits.shape[:1], dtype=torch.int32)
 
