@@ -18,6 +18,7 @@ from trtllm_cli.build.tensorrt.evaluator import Evaluator
 from trtllm_cli.build.tensorrt.layers import Layers
 from trtllm_cli.build.tensorrt.module import load
 from trtllm_cli.build.tensorrt.network import Definition, cache_names, define, new_definition, updated
+from trtllm_cli.build.tensorrt.quantized import QuantizedSource, nothing
 from trtllm_cli.build.tensorrt.weights import Weight, WeightSource
 from trtllm_cli.models.families import family_of
 from trtllm_cli.models.spec import DecoderSpec, NormSpec, RotarySpec
@@ -81,10 +82,18 @@ def hugging_face(case: str) -> tuple[Any, DecoderSpec, WeightSource]:
 class Network:
     """A network run by the reference evaluator, with its caches."""
 
-    def __init__(self, spec: DecoderSpec, weights: WeightSource, dtype: Dtype, context: int, batch: int) -> None:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: WeightSource,
+        dtype: Dtype,
+        context: int,
+        batch: int,
+        quantized: QuantizedSource = nothing,
+    ) -> None:
         self.definition: Definition = new_definition(load())
         self.layers: Layers = self.definition.layers
-        define(self.layers, spec, weights, dtype, context)
+        define(self.layers, spec, weights, dtype, context, quantized)
         self._evaluator = Evaluator(self.layers)
         shape = (batch, spec.num_kv_heads, context, spec.head_dim)
         # what a cache holds beyond a sequence's end must not matter

@@ -219,6 +219,17 @@ def test_chunks_over_a_paged_cache(size: int, page_size: int, kernel: int) -> No
 
 
 @kernels
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("heads", [2, 4, 6, 8, 16], ids="{} heads".format)
+def test_few_queries_after_many_keys(size: int, heads: int, kernel: int) -> None:
+    """Where heads that share keys may share a tile: each row keeps its own head, position and slope."""
+    skip_unless_available(kernel)
+    few = problem([16, 3, 1, 0, 37], [1000, 700, 130, 70, 37], size=size, heads=2 * heads, kv_heads=2, alibi=True)
+    check(few, kernel)
+    Paged(problem([16, 1], [333, 64], size=size, heads=heads, kv_heads=1, window=70), 64).check(kernel)
+
+
+@kernels
 def test_what_lies_after_a_sequence_never_reaches_it(kernel: int) -> None:
     skip_unless_available(kernel)
     p = problem([100, 77], [190, 77])

@@ -84,8 +84,18 @@ def test_tokens_are_those_of_the_twin(vocab: int, dtype: torch.dtype) -> None:
     assert_as_twin(logits, **requests(ROWS, vocab), counts=seen(ROWS, vocab), advance=True)
 
 
-@pytest.mark.parametrize("cluster", [0, 1, 2, 4, 8])
+def skip_where_refused(cluster: int) -> None:
+    from trtllm_cli.ops.cuda import library, sampling
+
+    capability = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    params = sampling.SamplingParams(batch=1, vocab=8, dtype=library.FLOAT32, cluster=cluster)
+    if refusal := library.load().supports("sampling", params, capability):
+        pytest.skip(refusal)
+
+
+@pytest.mark.parametrize("cluster", [0, 1, 2, 4, 8, 16])
 def test_a_large_vocabulary_spread_over_any_number_of_blocks(cluster: int) -> None:
+    skip_where_refused(cluster)
     torch.manual_seed(1)
     logits = torch.randn(12, 128256, device="cuda") * 3
     assert_as_twin(logits, **requests(12, 128256, cluster), counts=seen(12, 128256), cluster=cluster)
@@ -150,6 +160,33 @@ def test_argmax_takes_the_first_of_equals() -> None:
         assert torch.equal(sampling.argmax(x).long(), (x == top).int().argmax(dim=1))
 
 
+@pytest.mark.parametrize("cluster", [0, 1, 2, 16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_argmax_of_odd_rows_and_what_marks_them(dtype: torch.dtype, cluster: int) -> None:
+    from trtllm_cli.ops.cuda import sampling
+
+    skip_where_refused(cluster)
+    torch.manual_seed(8)
+    for vocab in (1, 3, 8, 9, 1000, 4097, 50257):
+        x = torch.randn(9, vocab, device="cuda").to(dtype)
+        x[0] = -torch.inf
+        x[1, -1], x[2, 0], x[3, vocab // 2], x[4, vocab // 3] = torch.nan, torch.inf, torch.nan, torch.finfo(dtype).min
+        x[5] = -torch.inf
+        x[5, -1] = torch.finfo(dtype).min
+        x[6] = 0.0
+        x[6, : vocab // 2] = -0.0
+        x = with_row_gap(x, 3)
+        steps = torch.zeros(9, dtype=torch.int32, device="cuda")
+        counts = torch.zeros(9, vocab, dtype=torch.int16, device="cuda")
+        with guarded_allocations():
+            found = sampling.sample(x, counts, steps=steps, advance=True, cluster=cluster)
+        wanted = (x == x.max(dim=1, keepdim=True).values).int().argmax(dim=1)
+        wanted[:4] = -1
+        assert found.tolist() == wanted.tolist()
+        assert steps.tolist() == (wanted >= 0).int().tolist()
+        assert counts.nonzero().tolist() == [[i, token] for i, token in enumerate(found.tolist()) if token >= 0]
+
+
 def test_tokens_come_as_often_as_their_probability_says() -> None:
     from trtllm_cli.ops.cuda import sampling
 
@@ -185,7 +222,7 @@ def test_the_mirror_of_the_struct_and_refusals() -> None:
     kernels = library.load()
     assert kernels.struct_size("trtllm_sampling_params") == ctypes.sizeof(sampling.SamplingParams)
     x = torch.zeros(2, 100, device="cuda")
-    assert_refused(lambda: sampling.sample(x, cluster=3), "not 3")
+    assert_refused(lambda: sampling.sample(x, cluster=3), "not over 3")
     assert_refused(lambda: sampling.sample(torch.zeros(1, 2**22 + 1, device="cuda")), "4194305")
     params = sampling.SamplingParams(batch=1, vocab=8, cluster=8)
     assert "8.9" in (kernels.supports("sampling", params, 89) or "")

@@ -147,20 +147,27 @@ def test_huge_and_tiny_scales_keep_their_order_of_operations(tactic: int) -> Non
     assert_same_bits(found, w8a8_twin.w8a8_linear(a, w, a_scale, w_scale), "kernel and twin")
 
 
-def test_float8_promotion_beats_the_matrix_units_own_sums() -> None:
+@pytest.mark.parametrize("tactic", [1, 2, 640641, 640082])
+def test_float8_promotion_bounds_what_the_matrix_units_own_sums_lose(tactic: int) -> None:
     """Positive operands: what a short accumulator drops adds up instead of cancelling."""
     from trtllm_cli.ops.cuda import w8a8, w8a8_twin
 
-    a, w, a_scale, w_scale = inputs(FP8, 512, 512, 16384)
+    a, w, a_scale, w_scale = inputs(FP8, 320, 512, 16384)
     a, w = a.float().abs().to(FP8), w.float().abs().to(FP8)
     exact = w8a8_twin.w8a8_linear(a, w, a_scale, w_scale, out_dtype=torch.float64)
+    # the rounded result taken off again in float32: the rounding of the output to float16 is not in the figure
+    rounded = exact.half()
 
     def error(fast: bool) -> float:
-        found = w8a8.w8a8_linear(a, w, a_scale, w_scale, out_dtype=torch.float16, fast_accumulation=fast, tactic=2)
-        return float((found.double() - exact).norm() / exact.norm())
+        off = w8a8.w8a8_linear(
+            a, w, a_scale, w_scale, None, -rounded, torch.float16, fast_accumulation=fast, tactic=tactic
+        )
+        return float((rounded.double() + off.double() - exact).norm() / exact.norm())
 
-    assert error(False) < 5e-4  # half an ulp of float16 is 4.9e-4
-    assert error(True) > 1.5 * error(False)
+    # 128 products are four instructions, each of which drops a few units of the last of about 14 bits
+    assert error(False) < 16 * 2**-14
+    if tactic == 2:  # the only kernel that sums all of K in the matrix unit where it may
+        assert error(False) < 0.5 * error(True)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, FP8])

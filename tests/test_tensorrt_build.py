@@ -15,7 +15,6 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 
 from tests.support_tensorrt import FAMILIES, random_weights, small_spec, write_checkpoint
 from trtllm_cli.artifacts.config import configure
-from trtllm_cli.artifacts.schema import LayerQuantization, QuantizationRecord, WeightScheme
 from trtllm_cli.artifacts.store import open_artifact
 from trtllm_cli.build.tensorrt import build as trt_build
 from trtllm_cli.build.tensorrt import module
@@ -208,28 +207,6 @@ def test_a_build_that_fails_inside_tensorrt_is_our_error(tmp_path, monkeypatch):
     assert caught.value.code == "TENSORRT_BUILD_FAILED"
     assert "cudaError" not in caught.value.message
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_quantized_checkpoint_is_refused(tmp_path):
-    record = QuantizationRecord(
-        method="rtn",
-        parameters={},
-        layers=(
-            LayerQuantization(
-                module="layers.0.attn.q",
-                scheme=WeightScheme(type="int8", granularity="channel"),
-                relative_error=0.1,
-                max_error=0.1,
-            ),
-        ),
-        bits_per_weight=8.5,
-    )
-    checkpoint = write_checkpoint(tmp_path / "in", FAMILIES["llama"], quantization=record)
-    with pytest.raises(UnsupportedError) as caught:
-        build_tensorrt_engine(checkpoint, tmp_path / "out", options())
-    assert caught.value.code == "TENSORRT_QUANTIZED"
-    assert "--backend cpu" in caught.value.hint
-    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):

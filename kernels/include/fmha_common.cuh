@@ -69,10 +69,11 @@ __device__ __forceinline__ float tanh_fast(float x) {
 }
 
 // Soft cap and ALiBi on a fragment of scores, which leave as exponents of 2: [N / 8][4] with the columns of a thread at
-// 8 i + 2 (lane % 4) + {0, 1} and its rows at lane / 4 and lane / 4 + 8 (PTX ISA, fragments of mma.m16n8 and wgmma).
+// 8 i + 2 (lane % 4) + {0, 1} and its rows at lane / 4 and lane / 4 + 8 (PTX ISA, fragments of mma.m16n8 and wgmma),
+// queries at `position` and `position + apart`.
 template <int N>
 __device__ __forceinline__ void shape_scores(float (&s)[N][4], const trtllm_fmha_params& p, float slope, int column,
-                                             int position) {
+                                             int position, int apart = 8) {
     const float inner = p.soft_cap > 0.0f ? p.scale / p.soft_cap : p.scale * kLog2e;
     const float outer = p.soft_cap * kLog2e;
     slope *= kLog2e;
@@ -82,20 +83,20 @@ __device__ __forceinline__ void shape_scores(float (&s)[N][4], const trtllm_fmha
         for (int e = 0; e < 4; ++e) {
             float x = s[i][e] * inner;
             if (p.soft_cap > 0.0f) x = tanh_fast(x) * outer;
-            const int distance = column + 8 * i + (e & 1) - (position + (e & 2) * 4);
+            const int distance = column + 8 * i + (e & 1) - (position + (e / 2) * apart);
             s[i][e] = fmaf(slope, float(distance), x);
         }
     }
 }
 
-// Minus infinity where the thread's queries (positions `position` and `position + 8`) see no key; `column` is the key
+// Minus infinity where the thread's queries (positions `position` and `position + apart`) see no key; `column` is the key
 // of element 0. `low` is exclusive: keys at or below position - window are hidden.
 template <int N>
-__device__ __forceinline__ void hide(float (&s)[N][4], int column, int position, int kv_length, bool causal,
-                                     int window) {
+__device__ __forceinline__ void hide(float (&s)[N][4], int column, int position, int apart, int kv_length,
+                                     bool causal, int window) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int at = position + 8 * half;
+        const int at = position + apart * half;
         const int end = (causal ? min(kv_length, at + 1) : kv_length) - column;
         const int low = window > 0 ? at - window - column : -1 - column;
 #pragma unroll

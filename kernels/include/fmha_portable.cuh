@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(128) portable_kernel(const __grid_constant__ t
         const bool inside = (tile + 1) * kKeys <= s.kv_length &&
                             (!p.causal || (tile + 1) * kKeys <= row0 + s.shift + 1) &&
                             (p.window == 0 || tile * kKeys > row0 + Shape::kRows - 1 + s.shift - p.window);
-        if (!inside) hide(scores, column, position, s.kv_length, p.causal, p.window);
+        if (!inside) hide(scores, column, position, 8, s.kv_length, p.causal, p.window);
         float shrink[2];
         softmax.step(scores, c, shrink);
 #pragma unroll

@@ -5,16 +5,47 @@
 
 namespace trtllm::mmha {
 
-// Scratch memory: kMaxBlocks counters, zero between launches, then two parts a block. A block leaves at most one pair
-// that goes on behind its run (part 2 i + 1, counted by counter i of the pair's first block) and one that ends in it
-// but began before (part 2 i).
-struct Workspace {
-    int* counters;
-    float* parts;
-    __device__ __forceinline__ explicit Workspace(const trtllm_mmha_params& p)
-        : counters(static_cast<int*>(p.workspace)),
-          parts(reinterpret_cast<float*>(static_cast<char*>(p.workspace) + kMaxBlocks * sizeof(int))) {}
+// Scratch memory holds two parts a block: of a pair that goes on behind its run (part 2 i + 1), and of one that ends in
+// it but began before (part 2 i). Between launches all of it is zero. A part has no zero in it (they change their sign),
+// so that each of its words says itself that it has come: no counter, no fence, and one trip through the L2 cache
+// between two blocks. Whoever reads a part makes it zero again. (Lamport's single-writer registers, as in the one-shot
+// reductions of collective libraries.)
+//
+// The block that has a pair's last run waits for the others, all of which have lower numbers. GPUs start blocks in the
+// order of their numbers, and no block waits before it has left all parts that others need: so whoever is waited for
+// runs, and needs nobody.
+__device__ __forceinline__ float never_zero(float x) { return x == 0.0f ? -0.0f : x; }
+__device__ __forceinline__ bool has_come(float x) { return __float_as_uint(x) != 0; }
+
+__device__ __forceinline__ void publish(float* to, float4 x) {
+    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(never_zero(x.x)),
+                 "f"(never_zero(x.y)), "f"(never_zero(x.z)), "f"(never_zero(x.w))
+                 : "memory");
+}
+__device__ __forceinline__ void publish(float* to, float2 x) {
+    asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(never_zero(x.x)), "f"(never_zero(x.y))
+                 : "memory");
+}
+__device__ __forceinline__ float4 peek_four(const float* from) {
+    float4 x;
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "l"(from)
+                 : "memory");
+    return x;
+}
+__device__ __forceinline__ float2 peek_two(const float* from) {
+    float2 x;
+    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(from) : "memory");
+    return x;
+}
+
+// What a block puts together when its run is done: a pair that ends in the run but began before.
+struct Owed {
+    Job job;
+    int first, count;  // blocks that have parts of it
 };
+static_assert(sizeof(Owed) <= kOwedBytes);
 
 template <typename C, int D, int NT>
 class Block {
@@ -27,7 +58,7 @@ class Block {
     Math* const queries;         // [kRows][kQueryPitch]
     unsigned char* const k_new;  // [D] of C, and [D] of C behind it
     float* const factors;        // [kRows]
-    int* const flag;
+    Owed* const owed;
     Warp<C, D, NT> mine;
     const int group, rows;       // query heads a kv head; query rows a pair
     const bool bfloat16;
@@ -41,7 +72,7 @@ class Block {
           queries(reinterpret_cast<Math*>(memory)),
           k_new(memory + S::kQueryBytes),
           factors(reinterpret_cast<float*>(memory + S::kQueryBytes + 2 * S::kRowBytes)),
-          flag(reinterpret_cast<int*>(factors + S::kRows)),
+          owed(reinterpret_cast<Owed*>(factors + S::kRows)),
           mine(params, memory + S::kFixedBytes, stage_count),
           group(params.heads / params.kv_heads),
           rows(params.heads / params.kv_heads * params.q_length),
@@ -58,10 +89,11 @@ class Block {
         if (p.pdl != 2) wait();
         touch_pages();
         const int parts = (rows + S::kRows - 1) / S::kRows, pairs = p.kv_heads * parts;  // of a sequence
-        const Deal deal(total_units(p, S::kUnit) * pairs, gridDim.x);
+        const Deal deal(Units(p, S::kUnit), pairs, p.batch, gridDim.x);
         if (int(blockIdx.x) < deal.blocks) {
             int at = deal.start(blockIdx.x);
             const int end = deal.start(blockIdx.x + 1);
+            bool owing = false;
             if (at < end) {
                 int before = 0;
                 int b = p.batch == 1 ? 0 : find_sequence(p, S::kUnit, at, pairs, before);
@@ -79,7 +111,14 @@ class Block {
                     job.length = sequence.length;
                     job.low = sequence.low;
                     attend(job);
-                    leave(job, deal, begin, pair_end, at, end);
+                    leave(job, at == begin && pair_end <= end, pair_end > end);
+                    if (at != begin && pair_end <= end) {
+                        owing = true;
+                        if (threadIdx.x == 0) {
+                            const int first = deal.owner(begin);
+                            *owed = {job, first, int(blockIdx.x) - first + 1};
+                        }
+                    }
                     at = pair_end;
                     if (at >= end) break;
                     __syncthreads();  // the buffers are free again
@@ -89,6 +128,10 @@ class Block {
                         do sequence = Sequence(p, ++b, S::kUnit);
                         while (sequence.units == 0);
                     }
+                }
+                if (owing) {
+                    __syncthreads();
+                    combine(*owed);
                 }
             }
         }
@@ -313,8 +356,12 @@ class Block {
         }
     }
 
-    // The warps' sums put together: the result, or this block's part of it.
-    __device__ __forceinline__ void leave(const Job& job, const Deal& deal, int begin, int pair_end, int at, int end) {
+    __device__ __forceinline__ float* part_of(int block, bool goes_on) const {
+        return static_cast<float*>(p.workspace) + (2 * int64_t(block) + goes_on) * S::kPartFloats;
+    }
+
+    // The warps' sums put together: the result where the block has the `whole` pair, or its part of it.
+    __device__ __forceinline__ void leave(const Job& job, bool whole, bool goes_on) {
         ptx::copy_async_wait<0>();
         __syncthreads();  // nobody reads the buffers any more
         float* const sums = reinterpret_cast<float*>(shared);
@@ -322,10 +369,8 @@ class Block {
         mine.leave(sums, statistics);
         __syncthreads();
 
-        const Workspace workspace(p);
-        const bool whole = at == begin && pair_end <= end;
         const int here = min(S::kRows, rows - job.row);
-        float* const part = workspace.parts + (2 * int64_t(blockIdx.x) + (pair_end > end)) * S::kPartFloats;
+        float* const part = part_of(blockIdx.x, goes_on);
         for (int i = threadIdx.x; i < here * (D / 4); i += S::kThreads) {
             const int r = i / (D / 4), column = i % (D / 4) * 4;
             float most = -INFINITY;
@@ -344,30 +389,17 @@ class Block {
             if (whole) {
                 store(job, r, column, total, all > 0.0f ? 1.0f / all : 0.0f);
             } else {
-                *reinterpret_cast<float4*>(part + r * D + column) = total;
-                if (column == 0) *reinterpret_cast<float2*>(part + S::kRows * D + 2 * r) = make_float2(most, all);
+                publish(part + r * D + column, total);
+                if (column == 0) publish(part + S::kRows * D + 2 * r, make_float2(most, all));
             }
-        }
-        if (!whole) {
-            const int first = deal.owner(begin), count = deal.owner(pair_end - 1) - first + 1;
-            __syncthreads();
-            if (threadIdx.x == 0) {
-                // what the block's other threads wrote before the barrier is published and what other blocks published
-                // is seen: the fence is cumulative (PTX ISA, memory consistency model)
-                __threadfence();
-                const bool last = atomicAdd(workspace.counters + first, 1) == count - 1;
-                if (last) workspace.counters[first] = 0;
-                __threadfence();
-                *flag = last;
-            }
-            __syncthreads();
-            if (*flag) combine(job, workspace.parts, first, count, here);
         }
     }
 
-    // The parts of blocks first .. first + count - 1, added in that order, kAtOnce of them on their way at a time.
-    __device__ __forceinline__ void combine(const Job& job, const float* parts, int first, int count, int here) const {
-        constexpr int kAtOnce = 8;
+    // The parts of a pair, added in the order of the keys, kAtOnce of them on their way at a time.
+    __device__ __forceinline__ void combine(const Owed& what) const {
+        constexpr int kAtOnce = S::kResident > 2 ? 8 : 16;
+        const Job& job = what.job;
+        const int first = what.first, count = what.count, here = min(S::kRows, rows - job.row);
         for (int i = threadIdx.x; i < here * (D / 4); i += S::kThreads) {
             const int r = i / (D / 4), column = i % (D / 4) * 4;
             float most = -INFINITY, all = 0.0f;
@@ -375,16 +407,32 @@ class Block {
             for (int from = 0; from < count; from += kAtOnce) {
                 float4 x[kAtOnce];
                 float2 statistics[kAtOnce];
+                bool all_here;
+                [[maybe_unused]] int spins = 0;
+                do {
+                    all_here = true;
 #pragma unroll
-                for (int n = 0; n < kAtOnce; ++n) {
-                    if (from + n >= count) {
-                        statistics[n] = make_float2(-INFINITY, 0.0f), x[n] = float4{};
-                        continue;
+                    for (int n = 0; n < kAtOnce; ++n) {
+                        if (from + n < count) {
+                            const float* const part = part_of(first + from + n, from + n + 1 < count);
+                            x[n] = peek_four(part + r * D + column);
+                            statistics[n] = peek_two(part + S::kRows * D + 2 * r);
+                        } else {
+                            statistics[n] = make_float2(-INFINITY, -0.0f);
+                            x[n] = make_float4(-0.0f, -0.0f, -0.0f, -0.0f);
+                        }
                     }
-                    const float* const part =
-                        parts + (2 * int64_t(first + from + n) + (from + n + 1 < count)) * S::kPartFloats;
-                    x[n] = __ldcg(reinterpret_cast<const float4*>(part + r * D + column));
-                    statistics[n] = __ldcg(reinterpret_cast<const float2*>(part + S::kRows * D + 2 * r));
+#pragma unroll
+                    for (int n = 0; n < kAtOnce; ++n) {
+                        all_here &= has_come(x[n].x) && has_come(x[n].y) && has_come(x[n].z) && has_come(x[n].w) &&
+                                    has_come(statistics[n].x) && has_come(statistics[n].y);
+                    }
+#ifdef TRTLLM_DEBUG_SPIN
+                    if (++spins > TRTLLM_DEBUG_SPIN) __trap();
+#endif
+                } while (!all_here);
+                for (int n = from; n < min(from + kAtOnce, count); ++n) {
+                    *reinterpret_cast<float4*>(part_of(first + n, n + 1 < count) + r * D + column) = float4{};
                 }
                 float grown = most;
 #pragma unroll
@@ -402,6 +450,11 @@ class Block {
                 }
             }
             store(job, r, column, total, all > 0.0f ? 1.0f / all : 0.0f);
+        }
+        __syncthreads();  // the statistics have been read by all
+        for (int i = threadIdx.x; i < here * count; i += S::kThreads) {
+            const int r = i / count, n = i - r * count;
+            *reinterpret_cast<float2*>(part_of(first + n, n + 1 < count) + S::kRows * D + 2 * r) = float2{};
         }
     }
 

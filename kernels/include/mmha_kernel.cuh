@@ -18,6 +18,7 @@ namespace trtllm::mmha {
 constexpr int kKeys = 16;  // a warp's step
 constexpr int kMaxStages = 6;
 constexpr int kMaxBlocks = 4096;
+constexpr int kOwedBytes = 48;  // of shared memory, for what a block puts together in the end
 constexpr float kLog2e = 1.4426950408889634f;
 
 template <typename C, int D, int NT>
@@ -27,14 +28,14 @@ struct Shape {
     static constexpr int kWarps = kRowBytes > 256 ? 2 : 4;
     static constexpr int kThreads = 32 * kWarps;
     // blocks an SM that registers must allow
-    static constexpr int kResident = kRowBytes >= 256 || NT > 1 ? 2 : 3;
+    static constexpr int kResident = D >= 128 || NT > 1 ? 2 : 3;
     static constexpr int kUnit = kKeys * kWarps;
     static constexpr int kRows = 8 * NT;
     static constexpr int kTileBytes = kKeys * kRowBytes;      // of keys, or of values
     static constexpr int kStageBytes = 2 * kTileBytes * kWarps;
     static constexpr int kQueryPitch = D + 8;  // elements; fragments are then read without bank conflicts
     static constexpr int kQueryBytes = kRows * kQueryPitch * 2;
-    static constexpr int kFixedBytes = (kQueryBytes + 2 * kRowBytes + kRows * 4 + 4 + 511) / 512 * 512;
+    static constexpr int kFixedBytes = (kQueryBytes + 2 * kRowBytes + kRows * 4 + kOwedBytes + 511) / 512 * 512;
     static constexpr int kSumPitch = D + 4;
     static constexpr int kMergeBytes = kWarps * kRows * (kSumPitch + 2) * 4;
     static constexpr int kPartFloats = kRows * (D + 2);

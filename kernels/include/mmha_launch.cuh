@@ -20,11 +20,11 @@ inline cudaError_t device_shared(int device, DeviceShared& found) {
     return cudaDeviceGetAttribute(&found.a_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
-// As many buffers a warp as leave room for two blocks an SM (three where rows are short); one block if need be.
+// As many buffers a warp as leave room for as many blocks an SM as registers do; fewer blocks if need be.
 template <typename S>
 int choose_stages(const DeviceShared& shared) {
     constexpr int kReserved = 1024;  // of each block
-    for (int blocks = S::kRowBytes >= 256 ? 2 : 3; blocks > 0; --blocks) {
+    for (int blocks = S::kResident; blocks > 0; --blocks) {
         const int room = min(shared.a_block, shared.an_sm / blocks - kReserved) - S::kFixedBytes;
         const int stages = min(kMaxStages, room / S::kStageBytes);
         if (stages >= 3 || (blocks == 1 && stages == 2)) return stages;

@@ -7,7 +7,7 @@
 
 namespace trtllm::mmha {
 
-constexpr int kMaxGrid = 4096;       // counters in the workspace
+constexpr int kMaxGrid = 4096;
 constexpr int kMostBlocksAnSm = 4;   // of a grid that the launcher chooses
 
 // Checked parameters in; the error of setting up the launch out.

@@ -251,7 +251,8 @@ cudaError_t launch_persistent_with(const trtllm_w8a8_params& p, cudaStream_t str
     if (code != cudaSuccess) return code;
     code = tensor_map(&w_map, p.w, 1, p.n, p.k, p.w_stride, Tile::kCols / 2, 128);
     if (code != cudaSuccess) return code;
-    const bool copy_out = p.out_stride % 8 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+    // the copy engine stores 16 bytes at a time: with other n it would write past the end of the rows
+    const bool copy_out = p.n % 8 == 0 && p.out_stride % 8 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
     out_map = a_map;
     if (copy_out) {
         code = tensor_map(&out_map, p.out, 2, p.m, p.n, p.out_stride, 64, 64);

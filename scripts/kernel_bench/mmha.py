@@ -37,16 +37,23 @@ class Setting:
 
 
 def cases(ceilings: Ceilings) -> list[Case]:
-    """The shapes with a bound, each in every cache type, then others without."""
+    """The shapes with a bound, each in every cache type, then others without.
+
+    One sequence has its bounds where it is launched as in a decode step, overlapping the kernel before it (pdl 2); the
+    same without, each launch after the end of the one before, is a line without a bound.
+    """
     found = []
     for cache in (torch.bfloat16, *_EIGHT):
         share = 0.7 if cache in _EIGHT else 0.8
-        found += [_case(Setting(f"64x{n}", (n,) * 64, cache), [("read", share)]) for n in (2048, 8192)]
-        found += [_case(Setting(f"1x{n}", (n,), cache), [("read", 0.6)]) for n in (8192, 32768)]
-        found.append(_case(Setting("1x512", (512,), cache), [("us", 6.0)]))
-        found.append(_case(Setting("1x512 fused", (512,), cache, append=True), [("us", 6.0)]))
-        found.append(_case(Setting("1x512 fused pdl", (512,), cache, append=True, pdl=2), [("us", 6.0)]))
+        found += [_case(Setting(f"64x{n}", (n,) * 64, cache), [("read", share)]) for n in (2048, 4096, 8192)]
         found.append(_case(Setting("64x2048 fused", (2048,) * 64, cache, append=True), [("read", share)]))
+        for n in (8192, 16384, 32768):
+            found.append(_case(Setting(f"1x{n} pdl", (n,), cache, pdl=2), [("read", 0.6)]))
+            found.append(_case(Setting(f"1x{n}", (n,), cache), []))
+        for append in (False, True):
+            name = "1x512 fused" if append else "1x512"
+            found.append(_case(Setting(f"{name} pdl", (512,), cache, append=append, pdl=2), [("us", 6.0)]))
+            found.append(_case(Setting(name, (512,), cache, append=append), []))
     ragged = tuple(128 + 97 * i % 7919 for i in range(64))
     found += [
         _case(Setting("64 ragged", ragged), []),

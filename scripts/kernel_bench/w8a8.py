@@ -1,4 +1,8 @@
-"""The 8-bit product, int8 and FP8, from one token to thousands."""
+"""The 8-bit product, int8 and FP8, from one token to thousands.
+
+Rows marked "pdl" run as those of a decode step do, by programmatic dependent launch: the next product's weights are
+fetched while the last blocks of the one before finish.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,22 @@ def cases(ceilings: Ceilings) -> list[Case]:
         _case(torch.float8_e4m3fn, *large, [("over:torch._scaled_mm fast", 1.0)], fast=True),
     ]
     for dtype in (torch.int8, torch.float8_e4m3fn):
-        found += [_case(dtype, m, n, k, [("read", 0.6)]) for n, k in _LAYERS for m in (1, 4, 8, 16, 32, 64)]
+        found += [_case(dtype, m, n, k, [("read", 0.6)], pdl=True) for n, k in _LAYERS for m in (1, 4, 8, 16, 32, 64)]
+        found += [_case(dtype, m, n, k, []) for n, k in _LAYERS for m in (1, 16, 64)]
         found += [_case(dtype, m, n, k, []) for n, k in _LAYERS for m in (128, 256, 512, 1024, 4096)]
         found += [_case(dtype, m, n, k, []) for n, k in ((576, 576), (1536, 576), (49152, 576)) for m in (1, 128)]
     return found
 
 
 def _case(
-    dtype: torch.dtype, m: int, n: int, k: int, bounds: list[tuple[str, float]], fast: bool = False, tactic: int = 0
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    bounds: list[tuple[str, float]],
+    fast: bool = False,
+    tactic: int = 0,
+    pdl: bool = False,
 ) -> Case:
     fp8 = dtype == torch.float8_e4m3fn
 
@@ -41,7 +53,7 @@ def _case(
         return a, w, torch.rand(m, device="cuda") + 0.5, torch.rand(n, device="cuda") + 0.5
 
     def ours(x: Any) -> Any:
-        return w8a8.w8a8_linear(*x, fast_accumulation=fast, tactic=tactic)
+        return w8a8.w8a8_linear(*x, fast_accumulation=fast, pdl=pdl, tactic=tactic)
 
     def check(x: Any) -> float:
         a, w, a_scale, w_scale = x
@@ -60,6 +72,7 @@ def _case(
         peers = {"torch._scaled_mm": lambda x: scaled(x, False), "torch._scaled_mm fast": lambda x: scaled(x, True)}
     return Case(
         f"w8a8 {'fp8 fast' if fast else 'fp8' if fp8 else 'int8'} {m}x{n}x{k}"
+        + (" pdl" if pdl else "")
         + (f" tactic {tactic}" if tactic else ""),
         make,
         {"ours": ours, **peers},

@@ -22,8 +22,8 @@ extern "C" {
  * ties to even, -127..127; E4M3 saturating) and seen as the cache gives them back. No two sequences may share that
  * slot.
  *
- * workspace: trtllm_mmha_workspace_bytes(p), aligned to 16, zeroed once before its first use; each launch leaves its
- * counters zero. Two launches that may run at the same time need two.
+ * workspace: trtllm_mmha_workspace_bytes(p), aligned to 16, zeroed once before its first use; each launch leaves it zero.
+ * Two launches that may run at the same time need two.
  *
  * Sums are added in an order that depends on lengths, shapes and the GPU's number of multiprocessors only: two runs
  * give the same bits.

@@ -46,7 +46,7 @@ typedef struct trtllm_sampling_params {
     int32_t vocab;
     int32_t dtype;   /* float16, bfloat16 or float32 */
     int32_t advance;
-    int32_t cluster; /* thread blocks a row: 1, 2, 4 or 8 (above 1: compute capability 9.0); 0 chooses */
+    int32_t cluster; /* thread blocks a row: 1, from 9.0 on also 2, 4, 8, on 9.0 and 10.0 also 16; 0 chooses */
     int32_t pdl;     /* as in pointwise.h */
 } trtllm_sampling_params;
 

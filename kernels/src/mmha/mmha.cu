@@ -148,7 +148,7 @@ extern "C" int64_t trtllm_mmha_workspace_bytes(const trtllm_mmha_params* p) {
     const int64_t chosen = int64_t(mmha::kMostBlocksAnSm) * multiprocessors();
     const int64_t blocks = p->blocks > chosen ? p->blocks : chosen < mmha::kMaxGrid ? chosen : mmha::kMaxGrid;
     const int64_t part = mmha::rows_of(*p) * (p->head_size + 2) * int64_t(sizeof(float));
-    return mmha::kMaxGrid * int64_t(sizeof(int)) + 2 * blocks * part;
+    return 2 * blocks * part;
 }
 
 extern "C" int trtllm_mmha_supports(const trtllm_mmha_params* p, int capability) {

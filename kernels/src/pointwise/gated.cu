@@ -102,11 +102,11 @@ __global__ void __launch_bounds__(1024) gated_token_kernel(const __grid_constant
 #pragma unroll
         for (int i = 0; i < V; ++i) to[i] = y[n][i];
     };
-    write_row<T, V, N>(value, row, p.width, p.out, p.out_stride, p.out_dtype, nullptr, p.token_scales, largest);
+    write_row<T, V, N>(value, row, int(p.width), p.out, p.out_stride, p.out_dtype, nullptr, p.token_scales, largest);
 }
 
-// A few tokens: each over a cluster of blocks, since one multiprocessor would be busy with the exponentials of a row for
-// longer than everything else takes.
+// A few tokens: each over a cluster of blocks, since the exponentials of a row would keep one multiprocessor busy for
+// longer than all else takes.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) gated_cluster_kernel(const __grid_constant__ trtllm_gated_params p) {
 #if __CUDA_ARCH__ >= 900
@@ -171,8 +171,8 @@ void launch_gated(const trtllm_gated_params& p, cudaStream_t stream) {
     if (p.token_scales != nullptr) {
         const int64_t blocks = (count + kThreads - 1) / kThreads;
         if (fits && blocks > 1 && blocks <= 8 && p.tokens * blocks <= multiprocessors() && compute_capability() >= 90) {
-            return launch(gated_cluster_kernel<T, V>, p, dim3(unsigned(blocks), unsigned(p.tokens)), dim3(kThreads), stream,
-                          p.pdl != 0, unsigned(blocks));
+            return launch(gated_cluster_kernel<T, V>, p, dim3(unsigned(blocks), unsigned(p.tokens)), dim3(kThreads),
+                          stream, p.pdl != 0, unsigned(blocks));
         }
         const RowShape shape = row_shape(p.tokens, count);
         void (*kernel)(trtllm_gated_params) = gated_long_kernel<T>;

@@ -17,23 +17,46 @@ constexpr int kWidest = 768;
 // Each reduction has its own words, so that one barrier each is enough.
 struct Scratch {
     float first[32], second[32], largest[32];
+    float3 warps[32];
 };
 
-template <typename T, int V, int N>
-__global__ void __launch_bounds__(N == 4 ? kWidest : 1024) norm_kernel(const __grid_constant__ trtllm_norm_params p) {
+// Mean and sum of squared distances from it, over a row of which this thread holds `count` elements: within a warp by
+// two passes, between warps by what each knows of its own (Chan, Golub, LeVeque, 1979), so that one barrier is enough.
+template <typename Apart>
+__device__ __forceinline__ float2 moments(float sum, int count, float width, const Apart& squared_distances,
+                                          float3* shared) {
+    const float n = float(__reduce_add_sync(~0u, count));
+    const float nth = n > 0.0f ? __frcp_rn(n) : 0.0f, of_width = __frcp_rn(width);
+    float mean = over_warp<Sum>(sum) * nth;
+    const float apart = over_warp<Sum>(squared_distances(mean));
+    if (blockDim.x == 32) return {mean, apart};
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (lane == 0) shared[warp] = {n, mean, apart};
+    __syncthreads();
+    const float3 part = lane < blockDim.x / 32 ? shared[lane] : float3{0.0f, 0.0f, 0.0f};
+    mean = over_warp<Sum>(part.x * part.y) * of_width;
+    const float off = part.y - mean;
+    return {mean, over_warp<Sum>(part.z + part.x * off * off)};
+}
+
+// Threads, at most, and blocks of so many together on a multiprocessor: where there are many tokens, several blocks, of
+// which some load while others wait at their barriers.
+template <typename T, int V, int N, int Threads, int Blocks>
+__global__ void __launch_bounds__(Threads, Blocks) norm_kernel(const __grid_constant__ trtllm_norm_params p) {
     __shared__ Scratch scratch;
     const int64_t row = blockIdx.x * int64_t(blockDim.y) + threadIdx.y;
     // a row of a block of several is one warp's, which meets no barrier
     if (row >= p.tokens) return;
+    const int width = int(p.width);
     const T* gamma = static_cast<const T*>(p.gamma);
     const T* beta = static_cast<const T*>(p.beta);
-    // early, while the kernel before still ends; the longest rows have no registers for it
-    constexpr bool kEarly = N <= 2;
+    // early, while the kernel before still ends; the longest rows and many blocks have no registers for it
+    constexpr bool kEarly = N <= 2 && Blocks == 1;
     Pack<T, V> weights[kEarly ? N : 1];
 #pragma unroll
     for (int n = 0; kEarly && n < N; ++n) {
         const int at = int(threadIdx.x + n * blockDim.x) * V;
-        if (gamma != nullptr && at < p.width) weights[n] = load<T, V>(gamma + at);
+        if (gamma != nullptr && at < width) weights[n] = load<T, V>(gamma + at);
     }
     ptx::wait_for_previous_kernel();
     ptx::let_next_kernel_start();
@@ -44,7 +67,7 @@ __global__ void __launch_bounds__(N == 4 ? kWidest : 1024) norm_kernel(const __g
 #pragma unroll
     for (int n = 0; n < N; ++n) {
         const int at = int(threadIdx.x + n * blockDim.x) * V;
-        if (at < p.width) {
+        if (at < width) {
             held[n] = load<T, V>(x + at);
             if (p.residual != nullptr) more[n] = load<T, V>(residual + at);
         }
@@ -53,7 +76,7 @@ __global__ void __launch_bounds__(N == 4 ? kWidest : 1024) norm_kernel(const __g
 #pragma unroll
     for (int n = 0; n < N; ++n) {
         const int at = int(threadIdx.x + n * blockDim.x) * V;
-        if (at >= p.width) continue;
+        if (at >= width) continue;
         float h[V];
         widen<T, V>(h, held[n]);
         if (p.residual != nullptr) {
@@ -72,23 +95,26 @@ __global__ void __launch_bounds__(N == 4 ? kWidest : 1024) norm_kernel(const __g
         for (int i = 0; i < V; ++i) sum += p.kind == 1 ? h[i] : h[i] * h[i];
     }
     float mean = 0.0f, factor = 1.0f;
-    if (p.kind != 2) {
-        float squares = over_row<Sum>(sum, scratch.first);
-        if (p.kind == 1) {
-            mean = squares / float(p.width);
+    if (p.kind == 0) factor = rsqrtf(over_row<Sum>(sum, scratch.first) / float(width) + p.eps);
+    if (p.kind == 1) {
+        int count = 0;
+#pragma unroll
+        for (int n = 0; n < N; ++n) count += int(threadIdx.x + n * blockDim.x) * V < width ? V : 0;
+        const auto squared_distances = [&](float from) {
             float apart = 0.0f;
 #pragma unroll
             for (int n = 0; n < N; ++n) {
-                const int at = int(threadIdx.x + n * blockDim.x) * V;
-                if (at >= p.width) continue;
+                if (int(threadIdx.x + n * blockDim.x) * V >= width) continue;
                 float h[V];
                 widen<T, V>(h, held[n]);
 #pragma unroll
-                for (int i = 0; i < V; ++i) apart += (h[i] - mean) * (h[i] - mean);
+                for (int i = 0; i < V; ++i) apart += (h[i] - from) * (h[i] - from);
             }
-            squares = over_row<Sum>(apart, scratch.second);
-        }
-        factor = rsqrtf(squares / float(p.width) + p.eps);
+            return apart;
+        };
+        const float2 found = moments(sum, count, float(width), squared_distances, scratch.warps);
+        mean = found.x;
+        factor = rsqrtf(found.y / float(width) + p.eps);
     }
     const auto value = [&](int n, float(&y)[V]) {
         widen<T, V>(y, held[n]);
@@ -104,7 +130,7 @@ __global__ void __launch_bounds__(N == 4 ? kWidest : 1024) norm_kernel(const __g
             if (beta != nullptr) y[i] += b[i];
         }
     };
-    write_row<T, V, N>(value, row, p.width, p.out, p.out_stride, p.out_dtype, p.static_scale, p.token_scales,
+    write_row<T, V, N>(value, row, width, p.out, p.out_stride, p.out_dtype, p.static_scale, p.token_scales,
                        scratch.largest);
 }
 
@@ -153,6 +179,39 @@ __global__ void __launch_bounds__(1024) norm_long_kernel(const __grid_constant__
                       scratch.largest);
 }
 
+// Quantization alone needs fewer registers, so more rows are on their way.
+template <typename T, int V, int N>
+__global__ void __launch_bounds__(512, 3) quantize_kernel(const __grid_constant__ trtllm_norm_params p) {
+    __shared__ float largest[32];
+    const int64_t row = blockIdx.x * int64_t(blockDim.y) + threadIdx.y;
+    if (row >= p.tokens) return;
+    ptx::wait_for_previous_kernel();
+    ptx::let_next_kernel_start();
+    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+    Pack<T, V> held[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        const int at = int(threadIdx.x + n * blockDim.x) * V;
+        if (at < p.width) held[n] = load<T, V>(x + at);
+    }
+    const auto value = [&](int n, float(&y)[V]) { widen<T, V>(y, held[n]); };
+    write_row<T, V, N>(value, row, int(p.width), p.out, p.out_stride, p.out_dtype, p.static_scale, p.token_scales,
+                       largest);
+}
+
+// False where the rows want other kernels.
+template <typename T>
+bool launch_quantize(const trtllm_norm_params& p, cudaStream_t stream) {
+    constexpr int V = kVector<T>;
+    const RowShape shape = row_shape(p.tokens, p.width / V);
+    if (shape.vectors == 0 || shape.block.x * shape.block.y > 512) return false;
+    launch(shape.vectors == 1   ? quantize_kernel<T, V, 1>
+           : shape.vectors == 2 ? quantize_kernel<T, V, 2>
+                                : quantize_kernel<T, V, 4>,
+           p, shape.grid, shape.block, stream, p.pdl != 0);
+    return true;
+}
+
 template <typename T>
 void launch_norm(const trtllm_norm_params& p, cudaStream_t stream) {
     constexpr int V = kVector<T>;
@@ -162,12 +221,20 @@ void launch_norm(const trtllm_norm_params& p, cudaStream_t stream) {
                       aligned(p.residual_out, p.residual_out_stride, sizeof(T), 16) &&
                       aligned(p.out, p.out_stride, bytes_of(trtllm_dtype(p.out_dtype)),
                               V * bytes_of(trtllm_dtype(p.out_dtype)));
-    const RowShape shape = row_shape(p.tokens, fits ? p.width / V : p.width, kWidest);
+    if (p.kind == 2 && p.residual == nullptr && p.residual_out == nullptr && is_8bit(p.out_dtype) && fits) {
+        if (launch_quantize<T>(p, stream)) return;
+    }
+    const RowShape shape = row_shape(p.tokens, fits ? p.width / V : p.width, fits ? kWidest : 1024);
+    const unsigned threads = shape.block.x * shape.block.y;
+    const bool many = p.tokens > 2 * multiprocessors() && threads <= 256;
+    constexpr int kBlocks = std::is_same_v<T, __half> ? 4 : 5;  // as many as leave registers enough
     void (*kernel)(trtllm_norm_params) = norm_long_kernel<T>;
-    if (fits && shape.vectors == 1) kernel = norm_kernel<T, V, 1>;
-    if (fits && shape.vectors == 2) kernel = norm_kernel<T, V, 2>;
-    if (fits && shape.vectors == 4) kernel = norm_kernel<T, V, 4>;
-    if (!fits && shape.vectors != 0) kernel = norm_kernel<T, 1, 4>;
+    if (fits && shape.vectors == 1) kernel = many ? norm_kernel<T, V, 1, 256, kBlocks> : norm_kernel<T, V, 1, 1024, 1>;
+    if (fits && shape.vectors == 2) kernel = many ? norm_kernel<T, V, 2, 256, kBlocks> : norm_kernel<T, V, 2, 1024, 1>;
+    if (fits && shape.vectors == 4) {
+        kernel = threads <= 448 ? norm_kernel<T, V, 4, 448, 2> : norm_kernel<T, V, 4, kWidest, 1>;
+    }
+    if (!fits && shape.vectors != 0) kernel = norm_kernel<T, 1, 4, 1024, 1>;
     launch(kernel, p, shape.grid, shape.block, stream, p.pdl != 0);
 }
 

@@ -12,8 +12,8 @@ struct RowShape {
     dim3 grid, block;
 };
 
-/// For rows of `count` vectors; no more than `widest` threads of four vectors. One token wants as many threads as vectors, many want several vectors a thread, so that
-/// more bytes are in flight for each wait at a barrier.
+/// For rows of `count` vectors; no more than `widest` threads of four vectors. One token wants as many threads as
+/// vectors, many want several vectors a thread, so that more bytes are in flight for each wait at a barrier.
 inline RowShape row_shape(int64_t tokens, int64_t count, int widest = 1024) {
     RowShape shape = {};
     int threads;
@@ -34,7 +34,7 @@ inline RowShape row_shape(int64_t tokens, int64_t count, int widest = 1024) {
 // the thread's n-th vector; it is asked for once more where the scale is found first, which costs fewer registers than to
 // keep the row in float32.
 template <typename T, int V, int N, typename Value>
-__device__ __forceinline__ void write_row(const Value& value, int64_t row, int64_t width, void* out, int64_t stride,
+__device__ __forceinline__ void write_row(const Value& value, int64_t row, int width, void* out, int64_t stride,
                                           int32_t out_dtype, const float* static_scale, float* token_scales,
                                           float* shared) {
     const bool int8 = out_dtype == TRTLLM_INT8;

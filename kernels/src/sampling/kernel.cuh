@@ -11,7 +11,6 @@ namespace trtllm::sampling {
 
 // A histogram spans at least so many nats below the largest logit at temperature 1: what lies beyond weighs nothing.
 constexpr float kSpan = 28.0f;
-constexpr uint64_t kWithoutLimit = ~uint64_t(0);
 
 template <typename T>
 struct Row {
@@ -123,9 +122,8 @@ struct Row {
 
     // A histogram of counts or weights and where its running sum, on top of `above`, reaches the target, which
     // `target_of` makes from the whole sum. `tracked` also keeps the range of keys in each bin.
-    template <typename Target>
-    __device__ Reached histogram(const Binning& bins, bool by_weight, bool tracked, uint64_t above,
-                                 const Target& target_of) {
+    template <bool ByWeight, typename Target>
+    __device__ Reached histogram(const Binning& bins, bool tracked, uint64_t above, const Target& target_of) {
         Shared& shared = blocks.shared;
         const int turn = blocks.turn, t = int(threadIdx.x);
         blocks.turn ^= 1;
@@ -137,15 +135,19 @@ struct Row {
         // after the barrier: until there, some may still read what the histogram before has found
         if (t == 0) shared.bin = kBins;
         // a first count over a long row leaves out the last bin, where everything unlikely would queue for one word
-        const int last = bins.linear && !tracked && !by_weight ? kBins - 1 : kBins;
+        const int last = bins.linear && !tracked && !ByWeight ? kBins - 1 : kBins;
         each([&](float x) {
             const int bin = bins(x);
             if (bin < 0 || bin >= last) return;
-            const uint64_t w = by_weight ? weights(x) : 1;
-            const uint32_t low = uint32_t(w);
-            const uint32_t before = atomicAdd(&shared.low[turn][bin], low);
-            const uint32_t high = uint32_t(w >> 32) + (before + low < before);
-            if (high != 0) atomicAdd(&shared.high[turn][bin], high);
+            if constexpr (ByWeight) {
+                const uint64_t w = weights(x);
+                const uint32_t low = uint32_t(w);
+                const uint32_t before = atomicAdd(&shared.low[turn][bin], low);
+                const uint32_t high = uint32_t(w >> 32) + (before + low < before);
+                if (high != 0) atomicAdd(&shared.high[turn][bin], high);
+            } else {
+                atomicAdd(&shared.low[turn][bin], 1u);
+            }
             if (tracked) {
                 atomicMin(&shared.least[turn][bin], key_of(x));
                 atomicMax(&shared.most[turn][bin], key_of(x));
@@ -154,9 +156,16 @@ struct Row {
         blocks.meet();
         uint64_t mine = 0, running = 0;
         if (t < kBins) {
-            for (int rank = 0; rank < blocks.count; ++rank) {
-                mine += uint64_t(*blocks.of(&shared.high[turn][t], rank)) << 32;
-                mine += *blocks.of(&shared.low[turn][t], rank);
+            for (int first = 0; first < blocks.count; first += 8) {
+                uint32_t low[8], high[8];  // all on their way at once
+#pragma unroll
+                for (int n = 0; n < 8; ++n) {
+                    const bool there = first + n < blocks.count;
+                    low[n] = there ? *blocks.of(&shared.low[turn][t], first + n) : 0;
+                    high[n] = ByWeight && there ? *blocks.of(&shared.high[turn][t], first + n) : 0;
+                }
+#pragma unroll
+                for (int n = 0; n < 8; ++n) mine += (uint64_t(high[n]) << 32) + low[n];
             }
             running = scan_warp(mine);
             if (t % 32 == 31) shared.scanned[t / 32] = running;
@@ -189,10 +198,11 @@ struct Row {
     }
 
     // From the bin in which the target is reached to the very key; `found.above` becomes the sum above that key.
-    __device__ uint32_t refine(Binning bins, Reached& found, bool by_weight) {
+    template <bool ByWeight>
+    __device__ uint32_t refine(Binning bins, Reached& found) {
         while (bins.least < bins.most) {
             const uint64_t target = found.target;
-            found = histogram(bins, by_weight, true, found.above, [&](uint64_t) { return target; });
+            found = histogram<ByWeight>(bins, true, found.above, [&](uint64_t) { return target; });
             if (found.bin == kBins) return kLeastKey;  // fewer elements than asked for
             bins = within(found.bin);
         }
@@ -200,7 +210,8 @@ struct Row {
     }
 
     // The same for a histogram that kept no ranges.
-    __device__ uint32_t refine_untracked(const Binning& bins, Reached& found, bool by_weight) {
+    template <bool ByWeight>
+    __device__ uint32_t refine_untracked(const Binning& bins, Reached& found) {
         uint64_t least = 0, most = 0;  // complement of the least key, the greatest
         const int bin = found.bin == kBins ? kBins - 1 : found.bin;
         each([&](float x) {
@@ -212,7 +223,7 @@ struct Row {
         most = blocks.over_row<Largest>(most);
         if (most == 0) return kLeastKey;
         if (uint32_t(~least) == uint32_t(most)) return uint32_t(most);
-        return refine(by_key(~uint32_t(least), uint32_t(most)), found, by_weight);
+        return refine<ByWeight>(by_key(~uint32_t(least), uint32_t(most)), found);
     }
 
     // Moves the elements of the bins up to `last` to the first block, in order of id, if they are few enough.
@@ -282,9 +293,18 @@ struct Row {
             return measure(four.x, slot) + measure(four.y, slot + 1) + measure(four.z, slot + 2) +
                    measure(four.w, slot + 3);
         };
-        uint64_t sum = 0;
-        for (int slot = start + lane * 4; slot < start + segment; slot += 128) sum += sum_of(slot);
-        sum = over_warp<Sum>(sum);
+        // lane i keeps the sum of the i-th group of 128 slots or a few times as many
+        const int group = (segment / 128 + 31) / 32 * 128;
+        uint64_t grouped = 0;
+        for (int slot = start, of = 0, upto = start + group; slot < start + segment; slot += 128) {
+            if (slot == upto) {
+                upto += group;
+                ++of;
+            }
+            const uint64_t together = sum_of_warp(sum_of(slot + lane * 4));
+            grouped += lane == of ? together : 0;
+        }
+        const uint64_t sum = over_warp<Sum>(grouped);
         uint64_t* words = shared.warps[blocks.warp_turn];
         blocks.warp_turn ^= 1;
         if (lane == 0) words[warp] = sum;
@@ -300,8 +320,10 @@ struct Row {
         const uint64_t target = target_of(total);
         before += __shfl_sync(~0u, upto, warp) - sum;
         if (target < before || target >= before + sum) return;  // not in this warp's elements
-        uint64_t left = target - before;
-        for (int slot = start + lane * 4; slot < start + segment; slot += 128) {
+        const uint64_t groups = scan_warp(grouped);
+        const int in = __ffs(__ballot_sync(~0u, before + groups > target)) - 1;
+        uint64_t left = target - before - __shfl_sync(~0u, groups - grouped, in);
+        for (int slot = start + in * group + lane * 4; slot < start + segment; slot += 128) {
             const uint64_t mine = sum_of(slot);
             const uint64_t running = scan_warp(mine);
             const uint64_t row = __shfl_sync(~0u, running, 31);
@@ -329,12 +351,7 @@ struct Row {
 
     __device__ void choose(int row, int id) const {
         p.tokens[row] = id;
-        if (!p.advance || id < 0) return;
-        if (p.steps != nullptr) ++p.steps[row];
-        if (p.counts != nullptr) {
-            int16_t& count = p.counts[row * p.counts_stride + id];
-            if ((count & 0x7fff) != 0x7fff) ++count;
-        }
+        if (p.advance && id >= 0) advance(p, row, id);
     }
 
     // From here on the first block is alone with the listed elements.
@@ -343,13 +360,22 @@ struct Row {
         part = {blocks.shared.listed, blocks.shared.ids, 0, kListed};
     }
 
-    // What a sampled row is decided by, once its largest element is known.
-    __device__ void sample(int row, float temperature) {
-        const int k = p.top_k == nullptr ? 0 : p.top_k[row];
-        const float top_p = p.top_p == nullptr ? 1.0f : fmaxf(p.top_p[row], 0.0f);
-        const float min_p = p.min_p == nullptr ? 0.0f : fminf(fmaxf(p.min_p[row], 0.0f), 1.0f);
-        const uint64_t seed = p.seeds == nullptr ? 0 : uint64_t(p.seeds[row]);
-        const uint32_t step = p.steps == nullptr ? 0 : uint32_t(p.steps[row]);
+    // A key that at least k elements reach: the greatest elements of a block's threads are such elements.
+    __device__ uint32_t reached_by(int k, uint32_t greatest) {
+        uint32_t key = 0;
+        for (uint32_t bit = 1u << 31; bit >= 1u << 13; bit >>= 1) {
+            if (__syncthreads_count(greatest >= (key | bit)) >= k) key |= bit;
+        }
+        return uint32_t(blocks.over_row<Largest>(max(key, kLeastKey)));
+    }
+
+    // What a sampled row is decided by, once its largest element is known; `greatest` is the key of the largest that
+    // this thread has read.
+    __device__ void sample(int row, float temperature, uint32_t greatest) {
+        const Source& asked = blocks.shared.source;
+        const int k = asked.top_k;
+        const float top_p = fmaxf(asked.top_p, 0.0f);
+        const float min_p = fminf(fmaxf(asked.min_p, 0.0f), 1.0f);
         const float scale = float(kBins - 1) / (kSpan * fmaxf(temperature, 1.0f));
         uint32_t least = kLeastKey;
         bool whole = true;
@@ -357,16 +383,26 @@ struct Row {
         if (k > 0 && k < p.vocab) {
             const auto target = [&](uint64_t) { return uint64_t(k); };
             Binning bins = {least, ~0u, true, weights.largest, scale, 0};
-            Reached found = histogram(bins, false, false, 0, target);
-            if (found.bin < kBins && gather(bins, found.bin)) {
+            const uint32_t reached = k <= kThreads / 2 ? reached_by(k, greatest) : 0;
+            if (reached != 0 && gather({reached, ~0u, false, 0.0f, 0.0f, 31}, 1)) {
+                whole = false;
+                bins.scale = float(kBins - 1) / (weights.largest - of_key(reached));
+            }
+            Reached found = {};
+            if (whole) {
+                found = histogram<false>(bins, false, 0, target);
+                if (found.bin < kBins && gather(bins, found.bin)) {
+                    whole = false;
+                    bins.scale *= float(kBins - 1) / float(found.bin + 1);
+                } else {
+                    least = refine_untracked<false>(bins, found);
+                }
+            }
+            if (!whole) {
                 if (blocks.rank != 0) return;
                 alone();
-                whole = false;
-                bins.scale *= float(kBins - 1) / float(found.bin + 1);
-                found = histogram(bins, false, true, 0, target);
-                least = found.bin == kBins ? kLeastKey : refine(within(found.bin), found, false);
-            } else {
-                least = refine_untracked(bins, found, false);
+                found = histogram<false>(bins, true, 0, target);
+                least = found.bin == kBins ? kLeastKey : refine<false>(within(found.bin), found);
             }
         }
         uint32_t last_key = 0;
@@ -380,18 +416,18 @@ struct Row {
                 return max(target + (uint32_t(low) != 0), uint64_t(1));
             };
             Binning bins = {least, ~0u, true, weights.largest, scale, 0};
-            Reached found = histogram(bins, true, !whole, 0, share);
+            Reached found = histogram<true>(bins, !whole, 0, share);
             if (!whole) {
-                least = refine(within(found.bin), found, true);
+                least = refine<true>(within(found.bin), found);
             } else if (gather(bins, found.bin)) {
                 if (blocks.rank != 0) return;
                 alone();
                 const uint64_t target = found.target;
                 bins.scale *= float(kBins - 1) / float(found.bin + 1);
-                found = histogram(bins, true, true, 0, [&](uint64_t) { return target; });
-                least = refine(within(found.bin), found, true);
+                found = histogram<true>(bins, true, 0, [&](uint64_t) { return target; });
+                least = refine<true>(within(found.bin), found);
             } else {
-                least = refine_untracked(bins, found, true);
+                least = refine_untracked<true>(bins, found);
             }
             // equals of the last one stay in order of id, until the target is reached
             const uint64_t each_weighs = weights(of_key(least));
@@ -413,7 +449,7 @@ struct Row {
             }
         }
         const uint64_t floor = uint64_t(double(min_p) * double(uint64_t(1) << kWeightBits));
-        const uint64_t random = philox(seed, step);
+        const uint64_t random = philox(uint64_t(asked.seed), asked.step);
         locate(
             [&](float x, int slot) {
                 const uint32_t key = key_of(x);
@@ -424,6 +460,18 @@ struct Row {
             [&](uint64_t total) { return __umul64hi(random, total); }, [&](int id) { choose(row, id); });
     }
 };
+
+// of[row], or a value where there is no array; the copy is waited for later.
+template <typename T>
+__device__ __forceinline__ void start_copy(T& to, const T* of, int row, T otherwise) {
+    if (of == nullptr) {
+        to = otherwise;
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(ptx::shared_address(&to)), "l"(of + row),
+                     "n"(int(sizeof(T)))
+                     : "memory");
+    }
+}
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) sampling_kernel(const __grid_constant__ trtllm_sampling_params p,
@@ -450,17 +498,27 @@ __global__ void __launch_bounds__(kThreads, 2) sampling_kernel(const __grid_cons
         source.presence = neutral(p.presence, 0.0f);
         const bool penalties = source.repetition != 1.0f || source.frequency != 0.0f || source.presence != 0.0f;
         source.counts = p.counts != nullptr && penalties ? p.counts + row * p.counts_stride : nullptr;
+    } else if (threadIdx.x == 32) {
+        Source& source = shared.source;
+        start_copy(source.top_k, p.top_k, row, 0);
+        start_copy(source.top_p, p.top_p, row, 1.0f);
+        start_copy(source.min_p, p.min_p, row, 0.0f);
+        start_copy(source.step, reinterpret_cast<const uint32_t*>(p.steps), row, 0u);
+        start_copy(source.seed, p.seeds, row, int64_t(0));
+        ptx::copy_async_commit();
     }
     __syncthreads();
     Row<T> state = {p, {shared, rank, ranks}, {store, nullptr, rank * slots - offset, slots}, {0.0f, 1.0f}};
-    const uint64_t best = state.blocks.template over_row<Largest>(state.read(store));
+    const uint64_t mine = state.read(store);
+    ptx::copy_async_wait<0>();  // seen by all after the barrier of the reduction
+    const uint64_t best = state.blocks.template over_row<Largest>(mine);
     const float largest = of_key(uint32_t(best >> 32));
     const bool bad = best == kWithoutLimit || uint32_t(best >> 32) < kLeastKey;
     if (bad || !(temperature > 0.0f)) {
         if (rank == 0 && threadIdx.x == 0) state.choose(row, bad ? -1 : int(~uint32_t(best)));
     } else {
         state.weights = Weights(largest, temperature);
-        state.sample(row, temperature);
+        state.sample(row, temperature, uint32_t(mine >> 32));
     }
 #if __CUDA_ARCH__ >= 900
     // nobody's shared memory goes away while others may read it

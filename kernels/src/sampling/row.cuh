@@ -5,6 +5,7 @@
 
 #include <cooperative_groups.h>
 
+#include "trtllm_kernels/sampling.h"
 #include "weights.cuh"
 
 namespace trtllm::sampling {
@@ -13,12 +14,27 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBins = 256;
 constexpr int kListed = 4 * kThreads;  // elements that one block finishes alone
+constexpr uint64_t kWithoutLimit = ~uint64_t(0);  // the largest element of a row with NaN or positive infinity
+
+// The chosen token is counted, the request goes a step on.
+__device__ __forceinline__ void advance(const trtllm_sampling_params& p, int row, int id) {
+    if (p.steps != nullptr) ++p.steps[row];
+    if (p.counts != nullptr) {
+        int16_t& count = p.counts[row * p.counts_stride + id];
+        if ((count & 0x7fff) != 0x7fff) ++count;
+    }
+}
 
 // What a row is read from; in shared memory, since it is needed once, or (a row too long to be kept) seldom.
 struct Source {
     const void* logits;
     const int16_t* counts;  // NULL where the row has no penalties
     float repetition, frequency, presence;
+    // on their way while the row is read
+    int32_t top_k;
+    float top_p, min_p;
+    uint32_t step;
+    int64_t seed;
 
     __device__ __forceinline__ float penalized(float x, int16_t count) const {
         x += 0.0f;  // -0 becomes 0
@@ -31,9 +47,9 @@ struct Source {
     }
 };
 
-struct Shared {
+struct alignas(16) Shared {  // what follows it is read in vectors too
+    alignas(16) float listed[kListed];
     Source source;
-    float listed[kListed];
     int32_t ids[kListed];
     uint32_t low[2][kBins], high[2][kBins];    // sums of each bin, 64 bits
     uint32_t least[2][kBins], most[2][kBins];  // keys in each bin
@@ -57,6 +73,12 @@ __device__ __forceinline__ uint64_t over_warp(uint64_t x) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) x = Op::of(x, __shfl_xor_sync(~0u, x, step));
     return x;
+}
+
+// For sums below 2^48: two sums of halves, by instructions made for it.
+__device__ __forceinline__ uint64_t sum_of_warp(uint64_t x) {
+    const uint32_t low = __reduce_add_sync(~0u, uint32_t(x) & 0xffffffu);
+    return (uint64_t(__reduce_add_sync(~0u, uint32_t(x >> 24))) << 24) + low;
 }
 
 __device__ __forceinline__ uint64_t scan_warp(uint64_t x) {

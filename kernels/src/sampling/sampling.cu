@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "argmax.cuh"
 #include "kernel.cuh"
 #include "registry.hpp"
 
@@ -17,27 +18,30 @@ const StructSize size("trtllm_sampling_params", sizeof(trtllm_sampling_params));
 
 constexpr int kMaxVocab = 1 << 22;
 
-template <typename T>
-cudaError_t launch(trtllm_sampling_params p, cudaStream_t stream) {
-    const bool clusters = compute_capability() >= 90;
-    if (p.cluster == 0) {
-        p.cluster = !clusters ? 1 : p.vocab > 16384 ? 8 : p.vocab > 8192 ? 4 : p.vocab > 4096 ? 2 : 1;
+// Clusters of 16 blocks are not portable: some GPUs of these generations have them.
+bool wide_clusters(int compute_capability) { return compute_capability == 90 || compute_capability == 100; }
+
+// Thread blocks a row where the caller leaves that open: few rows are spread further, many fill the GPU by themselves.
+int blocks_of(const trtllm_sampling_params& p, bool greedy) {
+    if (compute_capability() < 90) return 1;
+    const bool few = p.batch * 16 <= multiprocessors() && wide_clusters(compute_capability());
+    const int most = few ? 16 : greedy && p.batch > 32 ? 2 : 8;
+    int blocks = 1;
+    while (blocks < most && p.vocab > 4096 * blocks) blocks *= 2;
+    return blocks;
+}
+
+template <typename... Arguments>
+cudaError_t launch_on(void (*kernel)(trtllm_sampling_params, Arguments...), size_t bytes, cudaStream_t stream,
+                      const trtllm_sampling_params& p, Arguments... arguments) {
+    auto code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+    if (code == cudaSuccess && p.cluster > 8) {
+        code = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }
-    constexpr int V = 16 / int(sizeof(T));
-    // a row that does not start at 16 bytes has up to V - 1 slots before it
-    const int a_block = (p.vocab + V - 1 + p.cluster - 1) / p.cluster;
-    const int slots = (a_block + kListed - 1) / kListed * kListed;
-    int device = 0, most = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    const size_t all = sizeof(Shared) + sizeof(float) * size_t(slots);
-    const bool kept = p.temperature != nullptr && all <= size_t(most);
-    const size_t bytes = kept ? all : sizeof(Shared);
-    const auto code = cudaFuncSetAttribute(sampling_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
     if (code != cudaSuccess) {
-        return refuse(code, "sampling could not get %zu bytes of shared memory: %s", bytes, cudaGetErrorString(code));
+        return refuse(code, "sampling could not get %zu bytes of shared memory in %d blocks a row: %s", bytes, p.cluster,
+                      cudaGetErrorString(code));
     }
-    if (p.cluster > 8) cudaFuncSetAttribute(sampling_kernel<T>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(p.batch) * unsigned(p.cluster));
     config.blockDim = dim3(kThreads);
@@ -48,13 +52,31 @@ cudaError_t launch(trtllm_sampling_params p, cudaStream_t stream) {
         attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
         attributes[config.numAttrs++].val.clusterDim = {unsigned(p.cluster), 1, 1};
     }
-    if (p.pdl && clusters) {
+    if (p.pdl && compute_capability() >= 90) {
         attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
     config.attrs = attributes;
-    cudaLaunchKernelEx(&config, sampling_kernel<T>, p, slots, kept);
+    cudaLaunchKernelEx(&config, kernel, p, arguments...);
     return launched("sampling");
+}
+
+template <typename T>
+cudaError_t launch(trtllm_sampling_params p, cudaStream_t stream) {
+    const bool penalties = p.repetition != nullptr || p.frequency != nullptr || p.presence != nullptr;
+    const bool greedy = p.temperature == nullptr && !penalties;
+    if (p.cluster == 0) p.cluster = blocks_of(p, greedy);
+    if (greedy) return launch_on(argmax_kernel<T>, 0, stream, p);
+    constexpr int V = 16 / int(sizeof(T));
+    // a row that does not start at 16 bytes has up to V - 1 slots before it
+    const int a_block = (p.vocab + V - 1 + p.cluster - 1) / p.cluster;
+    const int slots = (a_block + kListed - 1) / kListed * kListed;
+    int device = 0, most = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    const size_t all = sizeof(Shared) + sizeof(float) * size_t(slots);
+    const bool kept = p.temperature != nullptr && all <= size_t(most);
+    return launch_on(sampling_kernel<T>, kept ? all : sizeof(Shared), stream, p, slots, kept);
 }
 
 }  // namespace
@@ -76,12 +98,12 @@ extern "C" int trtllm_sampling_supports(const trtllm_sampling_params* p, int com
                       "sampling takes up to 16777216 rows of 1 to %d logits, not %d rows of %d: split the batch",
                       sampling::kMaxVocab, p->batch, p->vocab);
     }
-    const bool known = p->cluster == 0 || p->cluster == 1 || p->cluster == 2 || p->cluster == 4 || p->cluster == 8 || p->cluster == 16;
-    if (!known || (p->cluster > 1 && compute_capability < 90)) {
+    const int n = p->cluster;
+    const int most = sampling::wide_clusters(compute_capability) ? 16 : compute_capability >= 90 ? 8 : 1;
+    if (n < 0 || n > most || (n & (n - 1)) != 0) {
         return refuse(cudaErrorInvalidValue,
-                      "sampling spreads a row over 1, or from compute capability 9.0 over 2, 4 or 8 thread blocks, not %d "
-                      "on %d.%d: pass 0",
-                      p->cluster, compute_capability / 10, compute_capability % 10);
+                      "sampling spreads a row over 1, 2, 4, 8 or 16 thread blocks, up to %d on %d.%d, not over %d: pass 0",
+                      most, compute_capability / 10, compute_capability % 10, n);
     }
     return cudaSuccess;
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,12 @@ from typing import Any
 
 from trtllm_cli.artifacts.schema import Dtype
 from trtllm_cli.build.tensorrt import errors
+from trtllm_cli.build.tensorrt.linears import Census, census, told
 from trtllm_cli.build.tensorrt.log import LogReader, PlanFacts
 from trtllm_cli.build.tensorrt.module import TensorRT, load
 from trtllm_cli.build.tensorrt.network import PROFILES, Sizing, add_profiles, define, new_definition
 from trtllm_cli.build.tensorrt.plan import PlanWriter, read_header
+from trtllm_cli.build.tensorrt.quantized import Quantized, nothing
 from trtllm_cli.build.tensorrt.weights import WeightSource
 from trtllm_cli.errors import UnsupportedError, UsageError
 from trtllm_cli.models.spec import DecoderSpec
@@ -32,7 +34,7 @@ LAYERS = "layers.json"
 #: what a plan is made for unless the user says; four targets in one plan cost the size of one
 DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")
 #: the first compute capability that has the type
-_FIRST: dict[Dtype, int] = {"bfloat16": 80}
+_FIRST: dict[str, int] = {"bfloat16": 80, "int4": 80, "fp8": 89}
 _BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -41,11 +43,13 @@ class TrtBuild:
     """A finished plan: the file, what the log said, the package, the compute capabilities it is for, and the cost.
 
     ``targets`` is empty where the package only builds for the GPU of the machine. ``network_layers`` counts layers
-    before fusion; ``cache_bytes`` is the memory of all caches at full concurrency.
+    before fusion; ``linears`` says per profile what the products compiled to (empty where the log was not understood);
+    ``cache_bytes`` is the memory of all caches at full concurrency.
     """
 
     plan: Path
     facts: PlanFacts
+    linears: tuple[Census, ...]
     package: str
     version: str
     targets: tuple[str, ...]
@@ -64,8 +68,11 @@ def build_plan(
     target: Sequence[str],
     directory: Path,
     report: Reporter | None = None,
+    quantized: Quantized | None = None,
 ) -> TrtBuild:
     """Build the decoder in ``dtype`` for the compute capabilities ``target`` (empty: the default ones).
+
+    The modules that ``quantized`` records are built from its source, all else from ``weights``.
 
     Raises UsageError for a context beyond the model's, BadInputError for a missing or misshapen weight (naming it),
     UnsupportedError for what TensorRT refuses, DoesNotFitError when memory runs out, OSError when the disk does.
@@ -74,7 +81,8 @@ def build_plan(
     report = report or Silent()
     trt = load()
     check_context(spec, sizing.context)
-    targets = resolve_targets(trt, target, dtype)
+    layers_of = {layer.module: layer for layer in quantized.record.layers} if quantized else {}
+    targets = resolve_targets(trt, target, dtype, {layer.scheme.type for layer in layers_of.values()})
     reader = LogReader()
 
     def hear(message: str) -> None:
@@ -85,7 +93,7 @@ def build_plan(
     with errors.listening(trt, hear) as tail:
         made = new_definition(trt)
         layers, network = made.layers, made.layers.network
-        define(layers, spec, weights, dtype, sizing.context)
+        define(layers, spec, weights, dtype, sizing.context, quantized.source if quantized else nothing)
         report.say(f"defined {network.num_layers} layers")
         config = _configure(trt, made.builder, spec, sizing, targets)
         with _interruptible(trt, config) as interrupted, PlanWriter(trt, directory / PLAN) as writer:
@@ -98,12 +106,14 @@ def build_plan(
                 raise errors.build_failed(trt, complaints, list(tail))
         network_layers = int(network.num_layers)
     facts = reader.facts()
-    _report_facts(facts, spec, report)
+    linears = tuple(census(profile, spec, layers_of) for profile in facts.profiles) if facts.complete else ()
+    _report_facts(facts, linears, spec, report)
     read_header(directory / PLAN)
     (directory / LAYERS).write_text(facts.model_dump_json(indent=1) + "\n")
     built = TrtBuild(
         plan=directory / PLAN,
         facts=facts,
+        linears=linears,
         package=trt.package,
         version=trt.version,
         targets=targets,
@@ -121,8 +131,13 @@ def build_plan(
     return built
 
 
-def resolve_targets(trt: TensorRT, target: Sequence[str], dtype: Dtype) -> tuple[str, ...]:
-    """The compute capabilities to build for. Raises UnsupportedError for one the package or the type does not have."""
+def resolve_targets(
+    trt: TensorRT, target: Sequence[str], dtype: Dtype, weights: Collection[str] = ()
+) -> tuple[str, ...]:
+    """The compute capabilities to build for, given the compute type and the types of quantized weights.
+
+    Raises UnsupportedError for one that the package does not have or that lacks a type.
+    """
     known = trt.targets
     if not known:
         if target:
@@ -132,7 +147,8 @@ def resolve_targets(trt: TensorRT, target: Sequence[str], dtype: Dtype) -> tuple
                 "leave --target out, or pip install 'trtllm-cli[tensorrt]' for TensorRT-RTX",
             )
         return ()
-    first = _FIRST.get(dtype, 0)
+    lacking = max((dtype, *sorted(weights)), key=lambda kind: _FIRST.get(kind, 0))
+    first = _FIRST.get(lacking, 0)
     able = [name for name in known if int(name[2:]) >= first]
     chosen = tuple(target) or tuple(name for name in DEFAULT_TARGETS if name in able)
     for name in chosen:
@@ -143,8 +159,10 @@ def resolve_targets(trt: TensorRT, target: Sequence[str], dtype: Dtype) -> tuple
         if name not in able:
             raise UnsupportedError(
                 "TARGET_LACKS_DTYPE",
-                f"target {name} has no {dtype} arithmetic; {dtype} needs sm{first} or later",
-                f"add --dtype float16, or {_nearest(name, able).removeprefix('add ')}",
+                f"target {name} has no {lacking} arithmetic; {lacking} needs sm{first} or later",
+                f"add --dtype float16, or {_nearest(name, able).removeprefix('add ')}"
+                if lacking == dtype
+                else _nearest(name, able),
             )
     return chosen
 
@@ -176,16 +194,20 @@ def _configure(trt: TensorRT, builder: Any, spec: DecoderSpec, sizing: Sizing, t
     return config
 
 
-def _report_facts(facts: PlanFacts, spec: DecoderSpec, report: Reporter) -> None:
+def _report_facts(facts: PlanFacts, linears: Sequence[Census], spec: DecoderSpec, report: Reporter) -> None:
     if not facts.complete:
         report.say("the build log was not understood: the plan's kernels are not recorded")
         return
     for index, profile in enumerate(facts.profiles):
         fused = sum(profile.attention.values())
         kinds = ", ".join(profile.attention) or "none"
+        products = ", ".join(f"{count} {what}" for what, count in linears[index].kinds.items())
         report.say(
-            f"{PROFILES[index]}: {len(profile.kernels)} kernels, attention {fused}/{spec.num_layers} fused ({kinds})"
+            f"{PROFILES[index]}: {len(profile.kernels)} kernels, attention {fused}/{spec.num_layers} fused ({kinds}),"
+            f" products: {products}"
         )
+        for line in told(linears[index].fallbacks):
+            report.say(f"{PROFILES[index]}: {line}")
 
 
 @contextmanager

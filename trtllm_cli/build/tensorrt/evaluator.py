@@ -3,12 +3,16 @@
 It walks the network as TensorRT holds it, layer by layer, not the code that made it, so a wrong transpose, mask or
 operand shows as wrong logits. It knows the layer kinds that :mod:`trtllm_cli.build.tensorrt.ops` uses, with the
 semantics of the TensorRT API reference; it says nothing about the kernels a plan compiles to.
+
+Quantization rounds to nearest, ties to even, and saturates at -128..127 (int8) or -448..448 (fp8, E4M3). A product of
+two dequantized operands is computed from their whole (or fp8) numbers and then scaled, as 8-bit kernels do; a
+dequantized weight that meets anything else is rounded to the compute type first, as weight-only kernels do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trtllm_cli.build.tensorrt.layers import Layers
 from trtllm_cli.errors import BadInputError, UnsupportedError
@@ -24,18 +28,28 @@ _CLASSES = {
     "ATTENTION_INPUT": "IAttentionBoundaryLayer",
     "ATTENTION_OUTPUT": "IAttentionBoundaryLayer",
     "CAST": "ICastLayer",
+    "CONCATENATION": "IConcatenationLayer",
     "CONSTANT": "IConstantLayer",
+    "DEQUANTIZE": "IDequantizeLayer",
     "ELEMENTWISE": "IElementWiseLayer",
     "FILL": "IFillLayer",
     "GATHER": "IGatherLayer",
     "KV_CACHE_UPDATE": "IKVCacheUpdateLayer",
     "MATRIX_MULTIPLY": "IMatrixMultiplyLayer",
+    "QUANTIZE": "IQuantizeLayer",
     "REDUCE": "IReduceLayer",
     "ROTARY_EMBEDDING": "IRotaryEmbeddingLayer",
     "SHAPE": "IShapeLayer",
     "SHUFFLE": "IShuffleLayer",
     "UNARY": "IUnaryLayer",
 }
+
+
+class Scaled(NamedTuple):
+    """What a dequantization was made of: ``numbers`` times ``scale``, [] or, of the rows of a matrix, [N]."""
+
+    numbers: torch.Tensor
+    scale: torch.Tensor
 
 
 class Evaluator:
@@ -45,10 +59,12 @@ class Evaluator:
         self._layers = layers
         self._api = layers.trt.api
         self._network = layers.network
+        self._scaled: dict[str, Scaled] = {}
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> Values:
         """Outputs by name. Raises BadInputError for a wrong input, UnsupportedError for an unknown kind of layer."""
         values = self._inputs(inputs)
+        self._scaled.clear()
         for index in range(self._network.num_layers):
             layer = self._network.get_layer(index)
             kind = self._api.ILayer.type.__get__(layer).name
@@ -78,7 +94,8 @@ class Evaluator:
     def _dtype(self, dtype: Any) -> torch.dtype:
         import torch
 
-        names = {"HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16", "BOOL": "bool"}
+        # values of four bits are held in eight
+        names = {"HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16", "FP8": "float8_e4m3fn", "INT4": "int8"}
         found: torch.dtype = getattr(torch, names.get(dtype.name, dtype.name.lower()))
         return found
 
@@ -91,8 +108,13 @@ class Evaluator:
         import numpy as np
         import torch
 
-        dtype = self._dtype(layer.get_output(0).dtype)
+        kind = layer.get_output(0).dtype
+        dtype = self._dtype(kind)
         bits = torch.from_numpy(np.array(self._layers.constants[layer.name]))
+        if kind == self._api.int4:
+            # two's complement in each nibble, element 0 in the low one; the shift of an int8 keeps its sign
+            pairs = bits.view(torch.int8)
+            return torch.stack([(pairs << 4) >> 4, pairs >> 4], dim=-1).reshape(tuple(layer.shape))
         return (bits if bits.dtype == dtype else bits.view(dtype)).reshape(tuple(layer.shape))
 
     def _shape(self, layer: Any, values: Values) -> torch.Tensor:
@@ -120,7 +142,9 @@ class Evaluator:
         x = _operand(layer, values, 0)
         # permutations come back with 8 entries, whatever the rank
         x = x.permute(list(layer.first_transpose)[: x.ndim])
-        if layer.reshape_dims is not None:
+        if layer.num_inputs == 2:
+            x = x.reshape([int(size) for size in _operand(layer, values, 1)])
+        elif layer.reshape_dims is not None:
             sizes = [x.shape[axis] if size == 0 else size for axis, size in enumerate(layer.reshape_dims)]
             x = x.reshape(sizes)
         return x.permute(list(layer.second_transpose)[: x.ndim])
@@ -133,6 +157,7 @@ class Evaluator:
             "SUB": torch.sub,
             "PROD": torch.mul,
             "DIV": torch.div,
+            "MAX": torch.maximum,
             "GREATER": torch.gt,
             "LESS": torch.lt,
             "AND": torch.logical_and,
@@ -147,7 +172,11 @@ class Evaluator:
     def _unary(self, layer: Any, values: Values) -> torch.Tensor:
         import torch
 
-        operations: dict[str, Callable[..., torch.Tensor]] = {"SQRT": torch.sqrt, "NOT": torch.logical_not}
+        operations: dict[str, Callable[..., torch.Tensor]] = {
+            "ABS": torch.abs,
+            "NOT": torch.logical_not,
+            "SQRT": torch.sqrt,
+        }
         if layer.op.name not in operations:
             raise self._unknown(layer, layer.op)
         return operations[layer.op.name](_operand(layer, values, 0))
@@ -164,23 +193,59 @@ class Evaluator:
         raise self._unknown(layer, layer.type)
 
     def _reduce(self, layer: Any, values: Values) -> torch.Tensor:
-        if layer.op != self._api.ReduceOperation.AVG:
-            raise self._unknown(layer, layer.op)
         x = _operand(layer, values, 0)
         axes = [axis for axis in range(x.ndim) if layer.axes >> axis & 1]
-        return x.mean(dim=axes, keepdim=layer.keep_dims)
+        if layer.op == self._api.ReduceOperation.AVG:
+            return x.mean(dim=axes, keepdim=layer.keep_dims)
+        if layer.op == self._api.ReduceOperation.MAX:
+            return x.amax(dim=axes, keepdim=layer.keep_dims)
+        raise self._unknown(layer, layer.op)
+
+    def _concatenation(self, layer: Any, values: Values) -> torch.Tensor:
+        import torch
+
+        return torch.cat([_operand(layer, values, index) for index in range(layer.num_inputs)], dim=layer.axis)
+
+    def _quantize(self, layer: Any, values: Values) -> torch.Tensor:
+        x, scale = _operand(layer, values, 0), _operand(layer, values, 1)
+        if scale.ndim or layer.num_inputs != 2:
+            raise self._unknown(layer, "quantization with more than one scale, or with a zero point")
+        steps = x.float() / scale.float()
+        if layer.get_output(0).dtype == self._api.int8:
+            return steps.round().clamp(-128, 127).to(self._dtype(self._api.int8))
+        return steps.clamp(-448, 448).to(self._dtype(layer.get_output(0).dtype))
+
+    def _dequantize(self, layer: Any, values: Values) -> torch.Tensor:
+        numbers, scale = _operand(layer, values, 0).float(), _operand(layer, values, 1).float()
+        output = layer.get_output(0)
+        if layer.num_inputs != 2 or (scale.ndim == 1 and (layer.axis != 0 or numbers.ndim != 2)):
+            raise self._unknown(layer, "dequantization with a zero point, or with scales of another axis than rows")
+        if scale.ndim < 2:
+            self._scaled[output.name] = Scaled(numbers, scale)
+            wide = scale[:, None] if scale.ndim else scale
+        else:
+            wide = scale.repeat_interleave(numbers.shape[1] // scale.shape[1], dim=1)
+        return (numbers * wide).to(self._dtype(output.dtype))
 
     def _matrix_multiply(self, layer: Any, values: Values) -> torch.Tensor:
         a, b = _operand(layer, values, 0), _operand(layer, values, 1)
         transpose = self._api.MatrixOperation.TRANSPOSE
+        x, weight = (self._scaled.get(layer.get_input(index).name) for index in range(2))
+        if x is not None and weight is not None and x.scale.ndim == 0 and layer.op1 == transpose != layer.op0:
+            # float64 holds sums of products of whole numbers exactly, and of fp8 numbers better than any kernel
+            sums = (x.numbers.double() @ weight.numbers.double().mT).float()
+            return (sums * (x.scale * weight.scale)).to(self._dtype(layer.get_output(0).dtype))
         return (a.mT if layer.op0 == transpose else a) @ (b.mT if layer.op1 == transpose else b)
 
     def _gather(self, layer: Any, values: Values) -> torch.Tensor:
         import torch
 
         data, index = _operand(layer, values, 0), _operand(layer, values, 1).long()
-        if layer.mode == self._api.GatherMode.DEFAULT and layer.axis == 0 and layer.num_elementwise_dims == 0:
-            return data[index]
+        if layer.mode == self._api.GatherMode.DEFAULT and layer.num_elementwise_dims == 0:
+            if layer.axis == 0:
+                return data[index]
+            if layer.axis == 1 and index.ndim == 1:
+                return data[:, index]
         if layer.mode == self._api.GatherMode.ND and layer.num_elementwise_dims == 1 and index.shape[-1] == 1:
             return data[torch.arange(data.shape[0]), index[:, 0]]
         raise self._unknown(layer, layer.mode)

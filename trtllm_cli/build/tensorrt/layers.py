@@ -51,6 +51,8 @@ class Layers:
             raise self._refused(operation, name, arguments)
         layer.name = self._free(name)
         self._names.add(layer.name)
+        # the build log prints this beside each kernel: the layers that were melted into it
+        layer.metadata = f"<{layer.name}>"
         if configure is not None:
             configure(layer)
         output = layer.get_output(0)
@@ -69,6 +71,18 @@ class Layers:
         else:
             weights = self.trt.api.Weights(bits)
         return self.add("constant", name, bits.shape, weights)
+
+    def packed(self, name: str, bits: NDArray[Any], kind: str, shape: tuple[int, ...]) -> Tensor:
+        """A constant of ``shape`` whose type (``int8``, ``int4``, ``fp8``) numpy does not have.
+
+        ``bits`` are its bytes; int4 two a byte, element 0 in the low nibble.
+        """
+        name = self._free(name)
+        bits = np.require(bits, requirements=["C", "A"])
+        self.constants[name] = bits
+        count = int(np.prod(shape))
+        weights = self.trt.api.Weights(getattr(self.trt.api, kind), bits.ctypes.data, count)
+        return self.add("constant", name, shape, weights)
 
     def input(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Tensor:
         """A network input; -1 for a dynamic dimension."""
@@ -106,6 +120,8 @@ class Layers:
             return f"{argument.name}: {_short(argument.dtype)} {shape}"
         if isinstance(argument, self.trt.api.Weights):
             return f"{_short(argument.dtype)} weights of {argument.size} elements"
+        if isinstance(argument, list):
+            return ", ".join(map(self._describe, argument))
         return _short(argument)
 
 

@@ -14,8 +14,10 @@ from trtllm_cli.models.spec import Frozen
 
 _LAYER = re.compile(
     r"^Name: (?P<name>.+?), LayerType: (?P<type>\w+), Inputs: \[(?P<inputs>.*)\], Constants: \[(?P<constants>.*)\], "
-    r"Outputs: \[(?P<outputs>.*)\], TacticName:"
+    r"Outputs: \[(?P<outputs>.*)\], TacticName:(?:.* Metadata: (?P<metadata>.*))?"
 )
+#: what Layers.add writes: the names of the network's layers that a kernel was made of, each between angle brackets
+_SOURCE = re.compile(r"<([^<>]+)>")
 _TENSOR = re.compile(r"\{ Name: (?P<name>.+?), Dimensions: \[(?P<dimensions>[-\d,]*)\].*?Datatype: (?P<dtype>\w+)")
 _IO = re.compile(
     r"^ Name: (?P<name>.+?), IOMode: (?P<mode>Input|Output), DataType: (?P<dtype>\w+), "
@@ -31,7 +33,10 @@ _ATTENTION = re.compile(r"^(_ge(?:mm|mv)_mha_v\d+)_myl")
 
 
 class Kernel(Frozen):
-    """One fused layer: its name (of the network layers in it where known), the builder's type, and element types."""
+    """One fused layer: its name, the builder's type, and the element types of what it reads and writes.
+
+    ``sources`` are the names of the network's layers it was made of.
+    """
 
     name: str
     type: str
@@ -40,6 +45,7 @@ class Kernel(Frozen):
     outputs: tuple[str, ...]
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
 
 
 class ProfileFacts(Frozen):
@@ -130,6 +136,7 @@ class LogReader:
             **dtypes,
             reads=tuple(_plain(tensor["name"]) for tensor in tensors["inputs"]),
             writes=tuple(_plain(tensor["name"]) for tensor in tensors["outputs"]),
+            sources=tuple(dict.fromkeys(_SOURCE.findall(match["metadata"] or ""))),
         )
         self._kernels.setdefault(int(place[1]), []).append(kernel)
 

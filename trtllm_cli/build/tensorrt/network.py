@@ -18,6 +18,7 @@ from trtllm_cli.build.tensorrt.errors import Complaints, logger
 from trtllm_cli.build.tensorrt.layers import Layers
 from trtllm_cli.build.tensorrt.module import TensorRT
 from trtllm_cli.build.tensorrt.ops import TrtOps
+from trtllm_cli.build.tensorrt.quantized import QuantizedSource, nothing
 from trtllm_cli.build.tensorrt.weights import WeightSource
 from trtllm_cli.models.decoder import decoder
 from trtllm_cli.models.spec import DecoderSpec, Frozen
@@ -82,7 +83,14 @@ def new_definition(trt: TensorRT) -> Definition:
     return Definition(builder, Layers(trt, network, defining), building)
 
 
-def define(layers: Layers, spec: DecoderSpec, weights: WeightSource, dtype: Dtype, context: int) -> None:
+def define(
+    layers: Layers,
+    spec: DecoderSpec,
+    weights: WeightSource,
+    dtype: Dtype,
+    context: int,
+    quantized: QuantizedSource = nothing,
+) -> None:
     """Add the whole forward pass to the network. Raises what :class:`~trtllm_cli.build.tensorrt.ops.TrtOps` raises."""
     int32, compute = layers.trt.api.int32, layers.dtype(dtype)
     cache_shape = (-1, spec.num_kv_heads, context, spec.head_dim)
@@ -98,7 +106,7 @@ def define(layers: Layers, spec: DecoderSpec, weights: WeightSource, dtype: Dtyp
     for cache in caches:
         cache.k.set_dimension_name(0, "batch")
         cache.v.set_dimension_name(0, "batch")
-    ops = TrtOps(layers, spec, weights, dtype, context)
+    ops = TrtOps(layers, spec, weights, dtype, context, quantized)
     outputs = decoder(ops, spec, DecoderInputs(token_ids, starts, last, caches))
     logits = outputs.logits
     if dtype != "float32":

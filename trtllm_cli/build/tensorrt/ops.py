@@ -6,7 +6,9 @@ they belong to (``layers.3.attn.q``, ``layers.3.attn.q/rotary``), so errors and 
 Measured choices (TensorRT-RTX 1.6.1): attention takes an explicit boolean mask computed here from the positions, which
 compiles to the same fused kernels as the causal kinds and is exact, while ``key_value_lengths`` attends beyond the
 length; a normalisation written elementwise in float32 compiles to one fused kernel; separate q/k/v and gate/up products
-of one input are merged by the builder.
+of one input are merged by the builder. Activations are [tokens, width], the tokens of all sequences one after another:
+products of low-bit weights are only fused with a matrix, and 16-bit ones compile to the same kernels as in three
+dimensions. Only attention, between :meth:`TrtOps.split_heads` and :meth:`TrtOps.merge_heads`, sees batch and tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from numpy.typing import NDArray
 
 from trtllm_cli.artifacts.schema import Dtype
 from trtllm_cli.build.tensorrt.layers import Layers, Tensor
+from trtllm_cli.build.tensorrt.quantized import QuantizedSource, nothing
+from trtllm_cli.build.tensorrt.quantized_ops import QuantizedOps
 from trtllm_cli.build.tensorrt.weights import WeightSource, cast, from_float32
 from trtllm_cli.errors import BadInputError
 from trtllm_cli.models import rotary
@@ -31,11 +35,20 @@ _CACHE_SUFFIX = ".k_cache"
 class TrtOps(Ops[Tensor]):
     """Adds layers computing in ``dtype`` with a cache of ``context`` positions.
 
-    A batch must keep ``starts[b] + S <= context`` for every sequence. Raises BadInputError for a missing or misshapen
-    weight and UnsupportedError for a layer TensorRT refuses, both naming the module.
+    A batch must keep ``starts[b] + S <= context`` for every sequence. ``quantized`` has the modules whose weights are
+    quantized, ``weights`` all other tensors. Raises BadInputError for a missing or misshapen weight and
+    UnsupportedError for a layer TensorRT refuses, both naming the module.
     """
 
-    def __init__(self, layers: Layers, spec: DecoderSpec, weights: WeightSource, dtype: Dtype, context: int) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        spec: DecoderSpec,
+        weights: WeightSource,
+        dtype: Dtype,
+        context: int,
+        quantized: QuantizedSource = nothing,
+    ) -> None:
         self._net = layers
         self._api = layers.trt.api
         self._shapes = spec.tensor_shapes()
@@ -44,12 +57,14 @@ class TrtOps(Ops[Tensor]):
         self._context = context
         self._bits: dict[str, NDArray[Any]] = {}
         self._made: dict[tuple[Any, ...], Tensor] = {}
+        self._reshaped: set[str] = set()
+        self._quantized = QuantizedOps(layers, quantized, self._shapes, dtype, self._ones, self._reshaped)
 
     # ---- fine -----------------------------------------------------------------------------------------------------
 
     def positions(self, token_ids: Tensor, starts: Tensor) -> Tensor:
         net, api = self._net, self._api
-        shape = net.add("shape", "positions/shape", token_ids)  # int64 [2]
+        shape = self._sizes = net.add("shape", "positions/shape", token_ids)  # int64 [2]: batch, tokens of each
         first = net.constant("positions/first", np.zeros((), np.int32))
         step = net.constant("positions/step", np.array([0, 1], np.int32))
 
@@ -63,15 +78,18 @@ class TrtOps(Ops[Tensor]):
         return self._binary("positions", column, index, "SUM")
 
     def embedding(self, token_ids: Tensor, module: str) -> Tensor:
-        return self._net.add("gather", module, self._weight(f"{module}.weight", 2), token_ids, 0)
+        self._tokens = self._net.add("shuffle", "tokens", token_ids, configure=_reshape((-1,)))
+        table = self._quantized.table(module) if self._quantized.has(module) else self._weight(f"{module}.weight", 2)
+        return self._net.add("gather", module, table, self._tokens, 0)
 
     def linear(self, x: Tensor, module: str) -> Tensor:
-        rank = len(x.shape)
-        weight = self._weight(f"{module}.weight", rank)
-        none, transpose = self._api.MatrixOperation.NONE, self._api.MatrixOperation.TRANSPOSE
-        y = self._net.add("matrix_multiply", module, x, none, weight, transpose)
+        if self._quantized.has(module):
+            y = self._quantized.linear(x, module)
+        else:
+            none, transpose = self._api.MatrixOperation.NONE, self._api.MatrixOperation.TRANSPOSE
+            y = self._net.add("matrix_multiply", module, x, none, self._weight(f"{module}.weight", 2), transpose)
         bias = f"{module}.bias"
-        return self._binary(f"{module}/biased", y, self._weight(bias, rank), "SUM") if bias in self._shapes else y
+        return self._binary(f"{module}/biased", y, self._weight(bias, 2), "SUM") if bias in self._shapes else y
 
     def norm(self, x: Tensor, module: str, spec: NormSpec) -> Tensor:
         net, rank = self._net, len(x.shape)
@@ -99,8 +117,10 @@ class TrtOps(Ops[Tensor]):
         return self._net.add("activation", name, x, {"gelu": api.GELU_ERF, "gelu_tanh": api.GELU_TANH}[kind])
 
     def split_heads(self, x: Tensor, heads: int, head_dim: int) -> Tensor:
+        sizes = self._batched((heads, head_dim))
+
         def configure(layer: Any) -> None:
-            layer.reshape_dims = (0, 0, heads, head_dim)  # zeros keep batch and tokens as they are
+            layer.set_input(1, sizes)
             layer.second_transpose = (0, 2, 1, 3)
 
         return self._net.add("shuffle", f"{_module(x)}/split_heads", x, configure=configure)
@@ -111,7 +131,9 @@ class TrtOps(Ops[Tensor]):
 
         width = x.shape[1] * x.shape[3]
         turned = self._net.add("shuffle", f"{_module(x)}/token_major", x, configure=transpose)
-        return self._net.add("shuffle", f"{_module(x)}/merge_heads", turned, configure=_reshape((0, 0, width)))
+        merged = self._net.add("shuffle", f"{_module(x)}/merge_heads", turned, configure=_reshape((-1, width)))
+        self._reshaped.add(merged.name)
+        return merged
 
     def rotary(self, x: Tensor, positions: Tensor, spec: RotarySpec) -> Tensor:
         cos, sin = self._rotary_tables(spec)
@@ -151,8 +173,10 @@ class TrtOps(Ops[Tensor]):
         def configure(layer: Any) -> None:
             layer.num_elementwise_dims = 1
 
+        sizes = self._batched((x.shape[1],))
+        rows = self._net.add("shuffle", "last/batch", x, configure=lambda layer: layer.set_input(1, sizes))
         index = self._net.add("shuffle", "last/index", last, configure=_reshape((0, 1)))
-        return self._net.add("gather_v2", "last/rows", x, index, self._api.GatherMode.ND, configure=configure)
+        return self._net.add("gather_v2", "last/rows", rows, index, self._api.GatherMode.ND, configure=configure)
 
     # ---- helpers --------------------------------------------------------------------------------------------------
 
@@ -167,6 +191,26 @@ class TrtOps(Ops[Tensor]):
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+    def _batched(self, rest: tuple[int, ...]) -> Tensor:
+        """The shape (batch, tokens of each, *rest), int64: what a reshape of [tokens, width] is given."""
+
+        def make() -> Tensor:
+            name = "sizes/" + "x".join(map(str, rest))
+            tail = self._net.constant(f"{name}/tail", np.array(rest, np.int64))
+            return self._net.add("concatenation", name, [self._sizes, tail])
+
+        return self._once(("sizes", rest), make)
+
+    def _ones(self) -> Tensor:
+        """[tokens, 1] ones in the compute type which the builder cannot know to be ones."""
+
+        def make() -> Tensor:
+            ids = self._net.add("shuffle", "ones/ids", self._tokens, configure=_reshape((-1, 1)))
+            below = self._net.constant("ones/below", np.full((1, 1), -1, np.int32))
+            return self._cast(self._binary("ones/valid", ids, below, "GREATER"), self._dtype, "ones")
+
+        return self._once(("ones",), make)
 
     def _weight(self, name: str, rank: int) -> Tensor:
         """The tensor as a constant, with leading ones up to ``rank`` (operands of one layer must have equal ranks)."""

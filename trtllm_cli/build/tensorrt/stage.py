@@ -1,4 +1,4 @@
-"""The ``build`` stage with ``--backend tensorrt``: an unquantized checkpoint becomes an engine that holds a plan.
+"""The ``build`` stage with ``--backend tensorrt``: a checkpoint becomes an engine that holds a plan.
 
 The engine can be verified and inspected; running it is not part of this version, and its requirements say so.
 """
@@ -14,15 +14,24 @@ from pydantic import Field, JsonValue, field_validator
 from trtllm_cli.artifacts.config import Configured, StageOptions
 from trtllm_cli.artifacts.memory import MemoryWatch
 from trtllm_cli.artifacts.publish import Request, publish
-from trtllm_cli.artifacts.schema import Dtype, EngineBody, EngineLimits, Origin, Requirement
+from trtllm_cli.artifacts.schema import (
+    CALIBRATION_SKETCH,
+    CheckpointBody,
+    Dtype,
+    EngineBody,
+    EngineLimits,
+    Origin,
+    Requirement,
+)
 from trtllm_cli.artifacts.store import Artifact
 from trtllm_cli.artifacts.tensors import TensorStore
 from trtllm_cli.build.tensorrt.build import TrtBuild, build_plan, check_context, resolve_targets
+from trtllm_cli.build.tensorrt.linears import Census
 from trtllm_cli.build.tensorrt.module import load
 from trtllm_cli.build.tensorrt.network import PROFILES, Sizing
+from trtllm_cli.build.tensorrt.quantized import Quantized, check
+from trtllm_cli.build.tensorrt.quantized import stored as quantized_source
 from trtllm_cli.build.tensorrt.weights import stored
-from trtllm_cli.errors import UnsupportedError
-from trtllm_cli.models.spec import DecoderSpec
 from trtllm_cli.progress import Reporter
 
 _USUAL_CONTEXT = 4096
@@ -69,37 +78,37 @@ def build_tensorrt_engine(
 ) -> Artifact:
     """Build the plan and publish it with its tokenizer and what is known of it.
 
-    Raises UnsupportedError for a quantized checkpoint, and what :func:`build_plan` raises.
+    Raises UnsupportedError for a quantization that TensorRT does not take, and what :func:`build_plan` raises.
     """
     body = checkpoint.checkpoint
-    if body.quantization is not None:
-        raise UnsupportedError(
-            "TENSORRT_QUANTIZED",
-            f"{checkpoint.path} is quantized ({body.quantization.method}); the tensorrt backend builds only"
-            " unquantized checkpoints in this version",
-            f"trtllm-cli build {checkpoint.path} --backend cpu, or build the checkpoint it was quantized from",
-        )
     trt = load()
-    config = _effective(config, body.spec, body.dtype)
+    config = _effective(config, body)
     options = config.options
+    if body.quantization is not None:
+        check(body.quantization, cast(Dtype, options.dtype), checkpoint.path)
     sizing = Sizing(context=cast(int, options.context), concurrency=options.concurrency)
     request = Request("engine", "build", config, (checkpoint,), {trt.package: trt.version}, {"backend": "tensorrt"})
     with publish(output, request, force=force) as work:
         if work.up_to_date is not None:
             return work.up_to_date
-        weights = stored(TensorStore(checkpoint.path))
+        store = TensorStore(checkpoint.path)
+        record = body.quantization
+        quantized = Quantized(record, quantized_source(store, record.layers)) if record else None
         dtype = cast(Dtype, options.dtype)
         with MemoryWatch() as memory:
-            built = build_plan(body.spec, weights, dtype, sizing, options.target, work.path, report)
-        if body.tokenizer is not None:
-            for name in filter(None, (body.tokenizer.file, body.tokenizer.chat_template)):
-                shutil.copyfile(checkpoint.file(name), work.file(name))
+            built = build_plan(body.spec, stored(store), dtype, sizing, options.target, work.path, report, quantized)
+        beside = [body.tokenizer.file, body.tokenizer.chat_template] if body.tokenizer is not None else []
+        if any(entry.path == CALIBRATION_SKETCH for entry in checkpoint.manifest.files):
+            beside.append(CALIBRATION_SKETCH)
+        for name in filter(None, beside):
+            shutil.copyfile(checkpoint.file(name), work.file(name))
         engine = EngineBody(
             backend="tensorrt",
             executor=built.package,
             spec=body.spec,
             dtype=dtype,
             tokenizer=body.tokenizer,
+            quantization=record,
             limits=EngineLimits(
                 context=sizing.context,
                 concurrency=sizing.concurrency,
@@ -137,25 +146,27 @@ def requirements(built: TrtBuild) -> tuple[Requirement, ...]:
 def tactics(built: TrtBuild) -> dict[str, JsonValue]:
     """A summary of what the plan compiled to; the whole of it is in ``layers.json``."""
     found: dict[str, JsonValue] = {"network_layers": built.network_layers, "complete": built.facts.complete}
-    for name, profile in zip(PROFILES, built.facts.profiles, strict=False):
+    for index, (name, profile) in enumerate(zip(PROFILES, built.facts.profiles, strict=False)):
+        linears = built.linears[index] if built.linears else Census()
         found[name] = {
             "kernels": len(profile.kernels),
             "attention": cast("dict[str, JsonValue]", profile.attention),
             "gemms": sum(kernel.type == "gemm" for kernel in profile.kernels),
+            "products": cast("dict[str, JsonValue]", linears.kinds),
+            "fallbacks": cast("dict[str, JsonValue]", linears.fallbacks),
             "scratch_bytes": profile.scratch_bytes,
         }
     return found
 
 
-def _effective(
-    config: Configured[TensorRTOptions], spec: DecoderSpec, stored_dtype: Dtype
-) -> Configured[TensorRTOptions]:
+def _effective(config: Configured[TensorRTOptions], body: CheckpointBody) -> Configured[TensorRTOptions]:
     """The options with every derived value filled in and marked so."""
-    given = config.options
-    dtype = stored_dtype if given.dtype == "auto" else given.dtype
+    given, spec = config.options, body.spec
+    dtype = body.dtype if given.dtype == "auto" else given.dtype
+    kinds = {layer.scheme.type for layer in body.quantization.layers} if body.quantization else set()
     context = given.context if given.context is not None else min(_USUAL_CONTEXT, spec.max_positions)
     check_context(spec, context)
-    values = {"context": context, "dtype": dtype, "target": resolve_targets(load(), given.target, dtype)}
+    values = {"context": context, "dtype": dtype, "target": resolve_targets(load(), given.target, dtype, kinds)}
     origins: dict[str, Origin] = dict(config.origins)
     for name, value in values.items():
         if value != getattr(given, name):

@@ -66,10 +66,10 @@ def cast(weight: Weight, dtype: Dtype, name: str) -> NDArray[Any]:
     source = np.ascontiguousarray(weight.bits).reshape(-1)
     result = np.empty(source.shape, BITS[dtype])
     for begin in range(0, source.size, _PIECE):
-        piece = _to_float32(source[begin : begin + _PIECE], weight.dtype)
+        piece = to_float32(source[begin : begin + _PIECE], weight.dtype)
         with np.errstate(over="ignore"):
             converted = _from_float32(piece, dtype)
-            overflow = np.isinf(_to_float32(converted, dtype)) & np.isfinite(piece)
+            overflow = np.isinf(to_float32(converted, dtype)) & np.isfinite(piece)
         if overflow.any():
             largest = float(np.abs(piece[overflow]).max())
             raise BadInputError(
@@ -86,7 +86,8 @@ def from_float32(values: NDArray[np.float32], dtype: Dtype) -> NDArray[Any]:
     return np.ascontiguousarray(_from_float32(np.asarray(values, np.float32), dtype))
 
 
-def _to_float32(bits: NDArray[Any], dtype: Dtype) -> NDArray[np.float32]:
+def to_float32(bits: NDArray[Any], dtype: Dtype) -> NDArray[np.float32]:
+    """What bits of ``dtype`` (see :data:`BITS`) stand for."""
     if dtype == "bfloat16":
         wide: NDArray[np.float32] = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
         return wide
