@@ -5,8 +5,9 @@
     python scripts/bench_kernels.py --out A --merge B          # B's newer rows into A; needs no GPU
 
 Prints a table (microseconds, spread, share of the ceiling, the fastest peer, goals), then the summary. ``--out``
-updates the receipt (scripts/receipts/kernels_h100.json) after each family: rows of the cases measured are replaced,
-the others stay, and each says which run it is of. Exits 1 when a kernel is wrong or fails; missed goals are no error.
+updates the receipt after each family: rows of the cases measured are replaced, the others stay, and each says which
+run it is of. In a folder the receipt is named after the GPU: ``--out scripts/receipts`` updates kernels_h200.json
+there on an H200. Exits 1 when a kernel is wrong or fails; missed goals are no error.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=FAMILIES, help="a family (may be repeated)")
     parser.add_argument("--match", default="", help="regular expression over case names")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="receipt to update")
+    parser.add_argument("--budget", type=float, default=0.15, help="seconds of GPU time for each variant of a case")
+    parser.add_argument("--out", type=Path, metavar="RECEIPT", help="receipt to update, or the folder it lies in")
     parser.add_argument("--commit", help="of the sources, where git cannot be asked")
     parser.add_argument("--summary", type=Path, metavar="RECEIPT", help="only show what a receipt says of every bound")
     parser.add_argument("--merge", type=Path, action="append", metavar="RECEIPT", help="only add its rows to --out")
@@ -70,6 +72,8 @@ def _run(options: argparse.Namespace) -> int:
         return 1
     from scripts.kernel_bench import harness
 
+    if options.out and options.out.is_dir():
+        options.out /= receipt.file_name(torch.cuda.get_device_name())
     kept = receipt.read(options.out) if options.out else {}
     ceilings = harness.ceilings()
     name = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -77,6 +81,7 @@ def _run(options: argparse.Namespace) -> int:
         **receipt.environment(options.commit),
         "command": shlex.join(["python", *sys.argv]),
         "repeats": options.repeats,
+        "budget_s": options.budget,
         "ceilings": asdict(ceilings),
     }
     print(f"{run['gpu'].get('name', 'GPU')}, commit {run['commit'][:12]}; ceilings in 1e12/s:", end=" ")
@@ -91,7 +96,7 @@ def _run(options: argparse.Namespace) -> int:
         for case in chosen:
             row = {
                 "family": family,
-                **harness.measure(case, ceilings, options.repeats),
+                **harness.measure(case, ceilings, options.repeats, options.budget),
                 "command": _again(family, case.name),
             }
             print(table.line(row), flush=True)

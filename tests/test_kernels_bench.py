@@ -133,6 +133,20 @@ def test_receipts_join_by_the_later_run():
     assert {json.dumps(r) for r in receipt.join(other, first)["rows"]} == {json.dumps(r) for r in joined["rows"]}
 
 
+@pytest.mark.parametrize(
+    "gpu, name",
+    [
+        ("NVIDIA H200", "kernels_h200.json"),
+        ("NVIDIA H100 80GB HBM3", "kernels_h100.json"),
+        ("NVIDIA A100-SXM4-40GB", "kernels_a100.json"),
+        ("NVIDIA GeForce RTX 4090", "kernels_rtx_4090.json"),
+        ("NVIDIA L40S", "kernels_l40s.json"),
+    ],
+)
+def test_a_receipt_is_named_after_its_gpu(gpu: str, name: str):
+    assert receipt.file_name(gpu) == name
+
+
 def test_an_unfinished_write_leaves_the_receipt(tmp_path: Path):
     path = tmp_path / "receipt.json"
     receipt.write(path, {"receipt": 1, "runs": {}, "rows": []})

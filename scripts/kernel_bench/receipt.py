@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +32,13 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "triton": _version("triton"),
         "commit": commit or _output("git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40"),
     }
+
+
+def file_name(gpu: str) -> str:
+    """The receipt of a GPU by its marketing name: maker, memory size and form factor are left out of it."""
+    words = re.split(r"[^a-z0-9]+", gpu.lower())
+    left_out = re.compile(r"nvidia|geforce|tesla|\d+gb|hbm\d\w*|sxm\d*|pcie|nvl")
+    return f"kernels_{'_'.join(word for word in words if word and not left_out.fullmatch(word)) or 'gpu'}.json"
 
 
 def read(path: Path) -> dict[str, Any]:
