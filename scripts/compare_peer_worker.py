@@ -124,7 +124,7 @@ def hqq(model: Any, rows: Any, recipe: dict[str, Any]) -> Any:
         for parent in (layer.self_attn, layer.mlp):
             for name, linear in list(parent.named_children()):
                 if isinstance(linear, torch.nn.Linear):
-                    quantized = HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
+                    quantized = HQQLinear(linear, config, compute_dtype=torch.float32, device=str(rows.device))
                     setattr(parent, name, quantized)
     return model
 
@@ -167,9 +167,10 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(request["threads"])
-    model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.float32).eval()
-    rows = torch.from_numpy(np.load(request["calibration"]).astype(np.int64))
-    windows = torch.from_numpy(np.load(request["evaluation"]).astype(np.int64))
+    device = request["device"]
+    model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.float32).eval().to(device)
+    rows = torch.from_numpy(np.load(request["calibration"]).astype(np.int64)).to(device)
+    windows = torch.from_numpy(np.load(request["evaluation"]).astype(np.int64)).to(device)
     loaded_mib = peak_mib()
     seconds = 0.0
     versions = {name: metadata.version(name) for name in ("torch", "transformers")}
@@ -185,6 +186,7 @@ def main() -> None:
         "perplexity": found,
         "nll": nll,
         "quantize_s": seconds,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "loaded_mib": loaded_mib,
         "peak_mib": peak,
         "versions": versions,

@@ -12,6 +12,7 @@ own with the interpreter ``--peer-python`` (``PACKAGE=PATH`` for one package), o
 (``compare_peer_worker.py``); what is compared stands in ``compare_rows.py``. Finished measurements stay in ``--work``
 and are not repeated. Seconds are of the whole ``quantize`` command for ours (with start, reading and writing) and of
 the package's own call for peers (without); peak memory is the process's, a peer's with the float32 model loaded.
+With ``--peer-device cuda`` peers run in float32 on a GPU: their perplexities compare with ours, their seconds do not.
 """
 
 from __future__ import annotations
@@ -186,20 +187,21 @@ class Comparison:
         python = pythons.get(package or "", pythons.get(""))
         if python is None:
             return {"failed": f"no --peer-python for {package}"}
+        visible = {"CUDA_VISIBLE_DEVICES": "0"} if self.options.peer_device == "cuda" else {}
 
         def measure() -> dict[str, Any]:
             request, answer = self.work / "request.json", self.work / "answer.json"
             asked = {
                 "package": package, "recipe": recipe, "model": str(self.work / "model"),
                 "calibration": str(self.work / "calibration.npy"), "evaluation": str(self.work / "evaluation.npy"),
-                "threads": self.options.threads,
+                "threads": self.options.threads, "device": self.options.peer_device,
             }  # fmt: skip
             request.write_text(json.dumps(asked))
             answer.unlink(missing_ok=True)
             _, seconds, _ = run(
                 [str(python), str(WORKER), str(request), str(answer)],
                 self.work / "logs" / f"{slug}.log",
-                {**self.environment, "PYTHONPATH": ""},
+                {**self.environment, "PYTHONPATH": "", **visible},
             )
             found: dict[str, Any] = json.loads(answer.read_text())
             return {**found, "process_s": seconds}
@@ -208,7 +210,7 @@ class Comparison:
 
     def row(self, row: Row) -> dict[str, Any]:
         found: dict[str, Any] = {"name": row.name, "bound": row.bound}
-        if row.ours is not None:
+        if row.ours is not None and not self.options.peers_only:
             if "--provider" in row.ours and find_spec("modelopt") is None:
                 found["ours"] = {"failed": "nvidia-modelopt is not installed beside trtllm-cli"}
             else:
@@ -261,7 +263,8 @@ def table(found: list[dict[str, Any]]) -> str:
                 version = next(
                     (v for k, v in peer.get("versions", {}).items() if k not in ("torch", "transformers")), ""
                 )
-                named = " ".join(filter(None, [peer["package"], version, peer["label"]]))
+                where = "" if peer.get("device", "cpu") == "cpu" else "(on a GPU)"
+                named = " ".join(filter(None, [peer["package"], version, peer["label"], where]))
             lines.append("| " + " | ".join([*first, named, *_cells(peer)]) + " |")
             first = [""] * len(first)
     return "\n".join(lines)
@@ -276,7 +279,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder of finished measurements")
     parser.add_argument("--only", action="append", default=[], help="rows whose name matches, such as 'GPTQ*'")
     parser.add_argument("--ours-only", action="store_true", help="leave the peers out")
+    parser.add_argument("--peers-only", action="store_true", help="leave ours out")
     parser.add_argument("--peers", action="append", default=[], help="peers that match, such as 'llmcompressor GPTQ*'")
+    parser.add_argument("--peer-device", choices=("cpu", "cuda"), default="cpu", help="where published packages run")
     parser.add_argument("--keep-older", action="store_true", help="keep ours of other commits; each row tells its own")
     parser.add_argument("--redo", action="store_true", help="measure again what was measured")
     parser.add_argument("--rows", type=int, default=ROWS, help="calibration windows")
@@ -297,7 +302,9 @@ def main() -> int:
         comparison = Comparison(options)
     except Failed as failure:
         raise SystemExit(f"the model could not be prepared: {failure}") from failure
-    found: list[dict[str, Any]] = [{"name": "unquantized", "bound": None, "ours": comparison.ours("unquantized", None)}]
+    found: list[dict[str, Any]] = [{"name": "unquantized", "bound": None}]
+    if not options.peers_only:
+        found[0]["ours"] = comparison.ours("unquantized", None)
     if options.peer_python and not options.ours_only:
         found[0]["peers"] = [{"package": "transformers", "label": "float32", **comparison.peer("unquantized", None)}]
     found += [comparison.row(row) for row in chosen]
