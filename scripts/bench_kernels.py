@@ -41,10 +41,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="RECEIPT", help="receipt to update, or the folder it lies in")
     parser.add_argument("--commit", help="of the sources, where git cannot be asked")
     parser.add_argument("--summary", type=Path, metavar="RECEIPT", help="only show what a receipt says of every bound")
+    parser.add_argument("--markdown", action="store_true", help="with --summary: a table for the documentation")
     parser.add_argument("--merge", type=Path, action="append", metavar="RECEIPT", help="only add its rows to --out")
     options = parser.parse_args()
     if options.summary:
-        print(table.summary(receipt.read(options.summary)["rows"]))
+        print((table.markdown if options.markdown else table.summary)(receipt.read(options.summary)["rows"]))
         return 0
     if options.merge:
         return _merge(parser, options)

@@ -105,6 +105,16 @@ def test_the_summary_has_every_bound_and_what_misses():
     assert text.count("NO CASE") == len(table.BOUNDS) - 1
     assert "odd: [us 2.00 <= 1 MISSED] (a goal of its own)" in text
     assert "mmha: bad: [read 0.50 >= 0.8 MISSED]" in text
+    (shown,) = table.markdown(rows).splitlines()[2:]
+    assert shown == (
+        "| `mmha` | batch 64, context 2k..8k, bf16 cache: share of read bandwidth >= 0.8 | 1 of 2 | 0.50 | 1.00 |"
+    )
+
+
+def test_large_products_count_for_the_bounds_of_their_family():
+    row = row_of(case("one", bytes=6_000_000, bounds=[("read", 0.6)]), family="weight_only_large")
+    assert "goal of its own" not in table.summary([row])
+    assert "| `weight_only` | M 16..64: share of read bandwidth >= 0.6 | 1 of 1 |" in table.markdown([row])
 
 
 def test_a_run_replaces_its_own_rows_and_keeps_the_others(tmp_path: Path):

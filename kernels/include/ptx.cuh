@@ -126,6 +126,29 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
         "r"(parity)
         : "memory");
 }
+// A word of 4 or 8 bytes into another block's shared memory, completing on the barrier of that block. `to` and `barrier`
+// are where this block has its own; the other block must have started and initialised its barrier.
+template <typename Word>
+__device__ __forceinline__ void store_in_block(Word* to, Word word, uint64_t* barrier, uint32_t block) {
+    static_assert(sizeof(Word) == 4 || sizeof(Word) == 8);
+#if __CUDA_ARCH__ >= 900
+    const auto in_block = [&](const void* here) {
+        uint32_t there;
+        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(here)), "r"(block));
+        return there;
+    };
+    const uint32_t remote = in_block(to), remote_barrier = in_block(barrier);
+    if constexpr (sizeof(Word) == 4) {
+        asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote),
+                     "r"(reinterpret_cast<const uint32_t&>(word)), "r"(remote_barrier)
+                     : "memory");
+    } else {
+        asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(remote),
+                     "l"(reinterpret_cast<const uint64_t&>(word)), "r"(remote_barrier)
+                     : "memory");
+    }
+#endif
+}
 // Contiguous bytes (a multiple of 16, both sides 16-byte aligned) into shared memory, completing on `barrier`.
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
     asm volatile(

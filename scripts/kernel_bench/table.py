@@ -81,13 +81,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
     missed: list[str] = []
     counted: set[tuple[str, str, int]] = set()
     for bound in BOUNDS:
-        found = []
-        for row in rows:
-            for i, goal in enumerate(row["goals"]):
-                kind = re.fullmatch(bound.goal, goal["goal"])
-                if row["family"] == bound.family and kind and math.isclose(goal["bound"], bound.number):
-                    found.append((row, goal))
-                    counted.add((row["family"], row["case"], i))
+        found = _meant(bound, rows)
+        counted.update((row["family"], row["case"], row["goals"].index(goal)) for row, goal in found)
         lines.append(_bound_line(bound, found))
     for row in rows:
         for i, goal in enumerate(row["goals"]):
@@ -106,9 +101,38 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The bounds that cases were measured for, as a table for the documentation."""
+    lines = ["| kernel | bound | cases met | worst | best |", "|---|---|---|---|---|"]
+    for bound in BOUNDS:
+        found = sorted(_meant(bound, rows), key=lambda pair: _margin(pair[1]))
+        if not found:
+            continue
+        met = sum(goal["met"] for _, goal in found)
+        ends = ["none" if goal["reached"] is None else f"{goal['reached']:.2f}" for _, goal in (found[0], found[-1])]
+        cells = [f"`{bound.family}`", _sentence(bound), f"{met} of {len(found)}", *ends]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _meant(bound: Bound, rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The rows a bound is for, each with its goal. A family's large products are cases of a module of their own."""
+    return [
+        (row, goal)
+        for row in rows
+        for goal in row["goals"]
+        if row["family"].removesuffix("_large") == bound.family
+        and re.fullmatch(bound.goal, goal["goal"])
+        and math.isclose(goal["bound"], bound.number)
+    ]
+
+
+def _sentence(bound: Bound) -> str:
+    return f"{bound.sentence} {'<=' if bound.goal == 'us' else '>='} {bound.number:g}"
+
+
 def _bound_line(bound: Bound, found: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
-    sign = "<=" if bound.goal == "us" else ">="
-    text = f"{bound.family}: {bound.sentence} {sign} {bound.number:g}"
+    text = f"{bound.family}: {_sentence(bound)}"
     if not found:
         return f"{text:78} {'NO CASE':>9}"
     met = sum(goal["met"] for _, goal in found)

@@ -111,7 +111,14 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) gated_cluster_kernel(const __grid_constant__ trtllm_gated_params p) {
 #if __CUDA_ARCH__ >= 900
     __shared__ float largest[32], of_blocks[8];
+    __shared__ uint64_t all_here;  // the largest of each block has come
+    const unsigned blocks = gridDim.x;
     auto cluster = cooperative_groups::this_cluster();
+    if (threadIdx.x == 0) {
+        ptx::barrier_init(&all_here, 1);
+        ptx::barrier_init_fence();
+        ptx::barrier_expect(&all_here, uint32_t(blocks * sizeof(float)));
+    }
     cluster.barrier_arrive();  // waited for before the first word goes to a neighbour, who must have started by then
     ptx::wait_for_previous_kernel();
     ptx::let_next_kernel_start();
@@ -133,9 +140,9 @@ __global__ void __launch_bounds__(kThreads) gated_cluster_kernel(const __grid_co
     }
     most = over_row<Largest>(most, largest);
     cluster.barrier_wait();
-    const unsigned blocks = gridDim.x;
-    if (threadIdx.x < blocks) *cluster.map_shared_rank(&of_blocks[blockIdx.x], threadIdx.x) = most;
-    cluster.sync();
+    // a block has all words only when its neighbours have sent theirs, so none ends before words for it have come
+    if (threadIdx.x < blocks) ptx::store_in_block(&of_blocks[blockIdx.x], most, &all_here, threadIdx.x);
+    ptx::barrier_wait(&all_here, 0);
     for (unsigned i = 0; i < blocks; ++i) most = fmaxf(most, of_blocks[i]);
     const bool int8 = p.out_dtype == TRTLLM_INT8;
     const float scale = token_scale(most, int8);

@@ -48,9 +48,17 @@ __global__ void __launch_bounds__(kThreads, 3) argmax_kernel(const __grid_consta
     const int ranks = p.cluster, row = int(blockIdx.x) / ranks, rank = int(blockIdx.x) % ranks;
 #if __CUDA_ARCH__ >= 900
     __shared__ Found of_blocks[16];
+    __shared__ uint64_t all_here;  // of the first block: what each block found has come
     auto cluster = cooperative_groups::this_cluster();
-    // waited for before the first word goes to a neighbour, who must have started by then
-    if (ranks > 1) cluster.barrier_arrive();
+    if (ranks > 1) {
+        if (rank == 0 && threadIdx.x == 0) {
+            ptx::barrier_init(&all_here, 1);
+            ptx::barrier_init_fence();
+            ptx::barrier_expect(&all_here, uint32_t(ranks * sizeof(Found)));
+        }
+        // waited for before the first word goes to the first block, which must have started by then
+        cluster.barrier_arrive();
+    }
 #endif
     ptx::wait_for_previous_kernel();
     ptx::let_next_kernel_start();
@@ -104,10 +112,10 @@ __global__ void __launch_bounds__(kThreads, 3) argmax_kernel(const __grid_consta
 #if __CUDA_ARCH__ >= 900
     if (ranks > 1) {
         cluster.barrier_wait();
-        if (threadIdx.x == 0) *cluster.map_shared_rank(&of_blocks[rank], 0) = found;
-        cluster.sync();
-        if (rank != 0) return;
-        if (threadIdx.x < 32) found = over_warp(lane < ranks ? of_blocks[lane] : Found{0, 0});
+        if (threadIdx.x == 0) ptx::store_in_block(&of_blocks[rank], found, &all_here, 0);
+        if (rank != 0 || threadIdx.x >= 32) return;
+        ptx::barrier_wait(&all_here, 0);
+        found = over_warp(lane < ranks ? of_blocks[lane] : Found{0, 0});
     }
 #endif
     if (threadIdx.x != 0) return;

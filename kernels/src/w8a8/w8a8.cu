@@ -23,7 +23,7 @@ const StructSize size("trtllm_w8a8_params", sizeof(trtllm_w8a8_params));
 
 // A tactic is 1 (portable), 2 (persistent), or rows * 10000 + cols * 10 + split of the kernel for few tokens.
 constexpr int kPortable = 1, kPersistent = 2;
-constexpr int kTiles[][2] = {{64, 8}, {64, 16}, {64, 32}, {128, 32}, {128, 64}, {128, 128}};
+constexpr int kTiles[][2] = {{64, 8}, {64, 16}, {64, 32}, {64, 64}, {128, 32}, {128, 64}, {128, 128}};
 constexpr int kSplits[] = {1, 2, 4, 8};
 constexpr int kTileCount = sizeof kTiles / sizeof kTiles[0];
 
