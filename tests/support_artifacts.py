@@ -57,10 +57,10 @@ def fast_tokenizer(vocab_size: int = 300) -> Any:
     return fast
 
 
-def text_model(seed: int = 0, **changes: Any) -> Any:
-    """A random float32 Llama with a vocabulary for :func:`fast_tokenizer` and widths that every group size divides."""
+def text_model(seed: int = 0, family: str = "Llama", **changes: Any) -> Any:
+    """A random float32 model with a vocabulary for :func:`fast_tokenizer` and widths that every group size divides."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     small: dict[str, Any] = {
         "vocab_size": 320,
@@ -74,7 +74,8 @@ def text_model(seed: int = 0, **changes: Any) -> Any:
         "eos_token_id": 1,
     }
     generator = torch.Generator().manual_seed(seed)
-    model = LlamaForCausalLM._from_config(LlamaConfig(**{**small, **changes}), attn_implementation="eager").eval()
+    config = getattr(transformers, f"{family}Config")(**{**small, **changes})
+    model = getattr(transformers, f"{family}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -160,14 +161,15 @@ class Said:
 
 
 def python(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process of its own."""
+    """Run a program in a process of its own, with the packages this one has."""
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **options.pop("env", {})},
+        env={**os.environ, "PYTHONPATH": path, **options.pop("env", {})},
         **options,
     )
 

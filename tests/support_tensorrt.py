@@ -18,6 +18,7 @@ from trtllm_cli.build.tensorrt.evaluator import Evaluator
 from trtllm_cli.build.tensorrt.layers import Layers
 from trtllm_cli.build.tensorrt.module import load
 from trtllm_cli.build.tensorrt.network import Definition, cache_names, define, new_definition, updated
+from trtllm_cli.build.tensorrt.ops import NO_CHOICES, Choices
 from trtllm_cli.build.tensorrt.quantized import QuantizedSource, nothing
 from trtllm_cli.build.tensorrt.weights import Weight, WeightSource
 from trtllm_cli.models.families import family_of
@@ -90,10 +91,11 @@ class Network:
         context: int,
         batch: int,
         quantized: QuantizedSource = nothing,
+        choices: Choices = NO_CHOICES,
     ) -> None:
         self.definition: Definition = new_definition(load())
         self.layers: Layers = self.definition.layers
-        define(self.layers, spec, weights, dtype, context, quantized)
+        define(self.layers, spec, weights, dtype, context, quantized, choices=choices)
         self._evaluator = Evaluator(self.layers)
         shape = (batch, spec.num_kv_heads, context, spec.head_dim)
         # what a cache holds beyond a sequence's end must not matter
@@ -103,14 +105,22 @@ class Network:
             for name in cache_names(layer)
         }
 
-    def step(self, token_ids: np.ndarray, starts: list[int], last: list[int]) -> np.ndarray:
-        """Logits [B, vocab] of one forward pass; the caches take the new tokens."""
+    def step(
+        self,
+        token_ids: np.ndarray,
+        starts: list[int],
+        last: list[int],
+        weights: dict[str, torch.Tensor] | None = None,
+    ) -> np.ndarray:
+        """Logits [B, vocab] of one forward pass; the caches take the new tokens. ``weights`` where they are inputs."""
+        ids = np.asarray(token_ids, np.int32)
+        rows = np.arange(len(ids)) * ids.shape[1] + last
         inputs = {
-            "token_ids": torch.from_numpy(np.asarray(token_ids, np.int32)),
+            "token_ids": torch.from_numpy(ids),
             "starts": torch.tensor(starts, dtype=torch.int32),
-            "last": torch.tensor(last, dtype=torch.int32),
+            "rows": torch.from_numpy(rows.astype(np.int32)),
         }
-        outputs = self._evaluator.run({**inputs, **self.caches})
+        outputs = self._evaluator.run({**inputs, **self.caches, **(weights or {})})
         self.caches = {name: outputs[updated(name)] for name in self.caches}
         assert outputs["logits"].dtype == torch.float32
         return outputs["logits"].numpy()

@@ -92,6 +92,10 @@ SURFACE = {
         "--cache",
         "--dtype",
         "--target",
+        "--generation-batches",
+        "--max-ram",
+        "--weights-as-inputs",
+        "--fp8-attention",
         "--config",
         "--force=False",
         "--json=False",
@@ -114,6 +118,9 @@ SURFACE = {
         "--seed=0",
         "--ignore-eos=False",
         "--threads",
+        "--executor",
+        "--checkpoint",
+        "--graphs/--no-graphs=True",
         "--json=False",
         "--debug=False",
     ],
@@ -132,6 +139,9 @@ SURFACE = {
         "--blame/--no-blame",
         "--output/-o",
         "--threads",
+        "--executor",
+        "--checkpoint",
+        "--graphs/--no-graphs=True",
         "--config",
         "--force=False",
         "--json=False",
@@ -147,6 +157,9 @@ SURFACE = {
         "--bandwidth/--no-bandwidth",
         "--output/-o",
         "--threads",
+        "--executor",
+        "--checkpoint",
+        "--graphs/--no-graphs=True",
         "--config",
         "--force=False",
         "--json=False",
@@ -157,6 +170,21 @@ SURFACE = {
     "diff": ["A", "B", "--all=False", "--json=False", "--debug=False"],
     "schema": ["DIRECTORY", "--json=False", "--debug=False"],
     "doctor": ["--json=False", "--debug=False"],
+    "debug": [],
+    "debug engine": [
+        "ENGINE",
+        "--against (required)",
+        "--checkpoint",
+        "--layers",
+        "--prompt/-p",
+        "--phase",
+        "--executor",
+        "--tolerance",
+        "--plot",
+        "--json=False",
+        "--debug=False",
+    ],
+    "debug network": ["ARTIFACT", "--output/-o (required)", "--json=False", "--debug=False"],
     "kernels": [],
     "kernels build": ["--arch", "--family", "--json=False", "--debug=False"],
     "kernels list": ["--json=False", "--debug=False"],
@@ -188,7 +216,7 @@ def test_the_surface_is_frozen():
 
 def test_every_command_speaks_json_and_debug():
     for name, words in SURFACE.items():
-        if name not in ("", "pipeline", "kernels"):
+        if name not in ("", "pipeline", "kernels", "debug"):
             assert {"--json=False", "--debug=False"} <= set(words), name
 
 

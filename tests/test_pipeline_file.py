@@ -84,7 +84,6 @@ def _rename(old: str, new: Any) -> Callable[[Content], None]:
         (_set("engine", **{"from": "source"}), "PIPELINE_INVALID", ["build takes", "source makes a source"]),
         (_set("quality", against="source"), "PIPELINE_INVALID", ["stage quality, against", "source makes a source"]),
         (_set("engine", stage="quantize", options={"method": "int8-weight-only"}), "PIPELINE_INVALID", ["quantized"]),
-        (_set("engine", backend="tensorrt", options={}), "PIPELINE_INVALID", ["quantized checkpoint"]),
         (_drop("source"), "PIPELINE_INVALID", ["stage half", "no stage stands before"]),
         # evaluation
         (_set("quality", against=None), "GATE_NEEDS_REFERENCE", ["stage quality, gate", "against"]),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support_artifacts import raises, text_model
 from tests.support_pipeline import everything, speed_stage, stages, write_pipeline
@@ -171,3 +172,17 @@ def test_replacing_needs_the_room_of_both(place: Path) -> None:
     predicted = [stage.prediction.disk_bytes or 0 for stage in plan.stages]
     # the old int8 output goes when the new one is complete, the old engine when the new one is
     assert predicted[2] <= plan.disk_bytes < sum(predicted[2:])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_measuring_a_tensorrt_engine_without_a_gpu_is_known_before_anything_runs(place: Path) -> None:
+    content = {**stages(), "speed": speed_stage()}
+    content["engine"] = {"stage": "build", "backend": "tensorrt", "options": {"context": 64, "concurrency": 2}}
+    path = write_pipeline(place, content)
+    plan = named(plan_pipeline(path))
+    assert plan["speed"].status == "refused"
+    assert "GPU_MISSING" in plan["speed"].reason
+    assert plan["engine"].status == "runs"
+    with raises("GPU_MISSING", 4, "engine"):
+        run_pipeline(path)
+    assert not (place / "work" / "source").exists()

@@ -16,6 +16,7 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 from tests.support_tensorrt import FAMILIES, random_weights, small_spec, write_checkpoint
 from trtllm_cli.artifacts.config import configure
 from trtllm_cli.artifacts.store import open_artifact
+from trtllm_cli.artifacts.tensorrt import tensorrt_tactics
 from trtllm_cli.build.tensorrt import build as trt_build
 from trtllm_cli.build.tensorrt import module
 from trtllm_cli.build.tensorrt.build import LAYERS, PLAN, build_plan
@@ -45,29 +46,38 @@ def options(**given):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_attention_is_fused_and_projections_are_merged_in_both_profiles(tmp_path, family, dtype):
+def test_attention_is_fused_and_projections_are_merged_in_every_profile(tmp_path, family, dtype):
     built = build(tmp_path, family, dtype)
-    context, generation = built.facts.profiles
+    assert [sizes.name for sizes in built.profiles] == ["context", "generation-1", "generation-4"]
+    context, *generation = built.facts.profiles
     assert context.attention == {"_gemm_mha_v2": 2}
-    assert generation.attention == {"_gemv_mha_v1": 2}
+    assert [profile.attention for profile in generation] == [{"_gemv_mha_v1": 2}] * 2
     for profile in built.facts.profiles:
         gemms = [kernel for kernel in profile.kernels if kernel.type == "gemm"]
         assert all(kernel.inputs[0] == kernel.constants[0] == gemms[0].inputs[0] != "Float" for kernel in gemms)
         for parts in (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up")):
-            assert any(all(f"layers.1.{part}" in kernel.name for part in parts) for kernel in gemms)
+            holders = [
+                {part for part in parts if f"layers.1.{part}" in kernel.sources}
+                for kernel in profile.kernels
+                if kernel.type == "gemm" or profile is generation[0]
+            ]
+            assert set(parts) in holders
 
 
-def test_inputs_and_outputs_with_the_shapes_of_both_profiles(tmp_path):
+def test_inputs_and_outputs_with_the_shapes_of_every_profile(tmp_path):
     facts = build(tmp_path).facts
     io = {tensor.name: tensor for tensor in facts.io}
     caches = [name for layer in range(2) for name in cache_names(layer)]
-    assert set(io) == {"token_ids", "starts", "last", "logits", *caches, *map(updated, caches)}
-    assert io["token_ids"].ranges == (((1, 1), (1, 128), (4, 128)), ((1, 1), (4, 1), (4, 1)))
-    assert io["starts"].ranges == io["last"].ranges == (((1,), (1,), (4,)), ((1,), (4,), (4,)))
+    assert set(io) == {"token_ids", "starts", "rows", "logits", *caches, *map(updated, caches)}
+    one, few = ((1,), (1,), (1,)), ((2,), (4,), (4,))
+    assert io["token_ids"].ranges == (((1, 1), (1, 128), (4, 128)), ((1, 1),) * 3, ((2, 1), (4, 1), (4, 1)))
+    assert io["starts"].ranges == (((1,), (1,), (4,)), one, few)
+    # prompts can return many rows of logits, to score a text; generation one a sequence
+    assert io["rows"].ranges == (((1,), (1,), (128,)), one, few)
     assert (io["logits"].dtype, io["logits"].dimensions) == ("Float", (-1, 256))
     for name in caches:
         assert (io[name].direction, io[name].dtype, io[name].dimensions) == ("input", "Half", (-1, 2, 128, 32))
-        assert io[name].ranges[0][2] == io[name].ranges[1][2] == (4, 2, 128, 32)
+        assert [most for _, _, most in io[name].ranges] == [(batch, 2, 128, 32) for batch in (4, 1, 4)]
         assert io[updated(name)].direction == "output"
 
 
@@ -96,7 +106,7 @@ def test_float32_builds_and_says_that_context_attention_is_not_fused(tmp_path):
     built = build_plan(spec, random_weights(spec), "float32", SIZING, (), tmp_path, Reporter())
     assert {tensor.dtype for tensor in built.facts.io} == {"Float", "Int32"}
     assert any(line.startswith("context: ") and "attention 0/2 fused (none)" in line for line in said)
-    assert "compiling 1/2 profiles" in said
+    assert "compiling 2/3 profiles" in said
 
 
 def test_facts_of_a_build(tmp_path):
@@ -294,15 +304,24 @@ def test_the_engine_artifact(tmp_path):
     needs = {need.name: need.value for need in body.requirements}
     assert needs["tensorrt_rtx"] == module.load().version
     assert needs["compute_capability"] == "8.9 12.0"
-    assert "does not run them" in {need.name: need.reason for need in body.requirements}["executor"]
-    assert body.tactics["context"]["attention"] == {"_gemm_mha_v2": 2}
-    assert body.tactics["generation"]["attention"] == {"_gemv_mha_v1": 2}
+    assert set(needs) == {"tensorrt_rtx", "compute_capability"}
+    found_tactics = tensorrt_tactics(body)
+    assert [(sizes.name, sizes.batch, sizes.attention) for sizes in found_tactics.profiles] == [
+        ("context", (1, 1, 2), {"_gemm_mha_v2": 2}),
+        ("generation-1", (1, 1, 1), {"_gemv_mha_v1": 2}),
+        ("generation-2", (2, 2, 2), {"_gemv_mha_v1": 2}),
+    ]
+    assert found_tactics.complete
     settings = {name: (setting.value, setting.origin) for name, setting in found.manifest.config.items()}
     assert settings == {
         "context": (128, "derived"),
         "concurrency": (2, "command line"),
         "dtype": ("bfloat16", "derived"),
         "target": (["sm89", "sm120"], "command line"),
+        "generation_batches": ([1, 2], "derived"),
+        "max_ram": (None, "default"),
+        "weights_as_inputs": (False, "default"),
+        "fp8_attention": (False, "default"),
     }
     assert found.manifest.versions["tensorrt_rtx"] == needs["tensorrt_rtx"]
     for name in ("tokenizer.json", "chat_template.jinja"):

@@ -73,7 +73,7 @@ def test_inputs_outputs_and_caches_in_place():
     network, api = made.layers.network, made.layers.trt.api
     inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
     caches = [name for layer in range(spec.num_layers) for name in cache_names(layer)]
-    assert list(inputs) == ["token_ids", "starts", "last", *caches]
+    assert list(inputs) == ["token_ids", "starts", "rows", *caches]
     assert tuple(inputs["token_ids"].shape) == (-1, -1)
     assert all(tuple(inputs[name].shape) == (-1, 2, CONTEXT, 32) for name in caches)
     outputs = [network.get_output(i).name for i in range(network.num_outputs)]

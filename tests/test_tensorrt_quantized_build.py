@@ -7,12 +7,14 @@ import pytest
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 
+from scripts.llama_shapes import SHAPES, make_checkpoint
 from tests.support_artifacts import Said, raises
 from tests.support_quantized import Choice, write_quantized
 from tests.support_tensorrt_quantized import Checkpoints
 from trtllm_cli.artifacts.config import configure
 from trtllm_cli.artifacts.schema import CALIBRATION_SKETCH, LayerQuantization, WeightScheme
 from trtllm_cli.artifacts.store import open_artifact
+from trtllm_cli.artifacts.tensorrt import tensorrt_tactics
 from trtllm_cli.build.tensorrt.build import LAYERS
 from trtllm_cli.build.tensorrt.linears import census
 from trtllm_cli.build.tensorrt.log import Kernel, PlanFacts, ProfileFacts
@@ -20,8 +22,6 @@ from trtllm_cli.build.tensorrt.quantized import scale_bits
 from trtllm_cli.build.tensorrt.quantized_ops import QuantizedOps
 from trtllm_cli.build.tensorrt.stage import TensorRTOptions, build_tensorrt_engine
 from trtllm_cli.errors import BadInputError
-
-ATTENTION = {"context": {"_gemm_mha_v2": 2}, "generation": {"_gemv_mha_v1": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +60,12 @@ def test_every_product_becomes_the_intended_kernel_and_attention_is_fused(
     quantized, tmp_path, scheme, dtype, tied, products
 ):
     engine = build(quantized(scheme, tied), tmp_path / "out", dtype=dtype).engine
-    for profile, attention in ATTENTION.items():
-        assert engine.tactics[profile]["products"] == products, engine.tactics[profile]["fallbacks"]
-        assert engine.tactics[profile]["fallbacks"] == {}
-        assert engine.tactics[profile]["attention"] == attention
+    profiles = tensorrt_tactics(engine).profiles
+    assert len(profiles) == 3
+    for profile in profiles:
+        assert profile.products == products, profile.fallbacks
+        assert profile.fallbacks == {}
+        assert profile.attention == ({"_gemm_mha_v2": 2} if profile.name == "context" else {"_gemv_mha_v1": 2})
     assert engine.quantization == quantized(scheme, tied).checkpoint.quantization
     facts = PlanFacts.model_validate_json((tmp_path / "out" / LAYERS).read_bytes())
     for profile in facts.profiles:
@@ -74,8 +76,7 @@ def test_without_a_quantization_products_count_as_the_compute_type(quantized, tm
     said = Said()
     engine = build(quantized.dense(), tmp_path / "out", said, dtype="float16").engine
     assert engine.quantization is None
-    for profile in ATTENTION:
-        assert engine.tactics[profile]["products"] == {"float16": 15}
+    assert [profile.products for profile in tensorrt_tactics(engine).profiles] == [{"float16": 15}] * 3
     assert any(line.startswith("context: ") and line.endswith("products: 15 float16") for line in said.lines)
 
 
@@ -91,12 +92,37 @@ def test_a_product_that_fell_back_is_told_and_recorded(quantized, tmp_path, monk
     said = Said()
     engine = build(quantized("int8"), tmp_path / "out", said).engine
     modules = ["layers.0.attn.o", "layers.1.attn.o"]
-    for profile in ATTENTION:
-        assert engine.tactics[profile]["products"] == {"bfloat16": 2, "int8 weights": 13}
-        assert engine.tactics[profile]["fallbacks"] == dict.fromkeys(modules, "bfloat16 instead of int8 weights")
-        line = f"{profile}: 2 products fell back to bfloat16 instead of int8 weights: {', '.join(modules)}"
+    for profile in tensorrt_tactics(engine).profiles:
+        assert profile.products == {"bfloat16": 2, "int8 weights": 13}
+        assert profile.fallbacks == dict.fromkeys(modules, "bfloat16 instead of int8 weights")
+        line = f"{profile.name}: 2 modules fell back to bfloat16 instead of int8 weights: {', '.join(modules)}"
         assert line in said.lines
     assert open_artifact(tmp_path / "out", "engine").engine.tactics == engine.tactics
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_no_profile_of_wide_low_bit_weights_falls_back(tmp_path, kind):
+    """Wider int8 weights are dequantized first where the batch is fixed at 1, and an int8 head where its rows are."""
+    spec = SHAPES["smollm2-135m"].model_copy(
+        update={"num_layers": 1, "windows": (None,), "vocab_size": 4096, "tie_embeddings": False}
+    )
+    checkpoint = make_checkpoint(tmp_path / "in", spec, kind)
+    low = {"int8": {"int8 weights": 8}, "int4": {"int4 weights": 7, "int8 weights": 1}}[kind]
+    found = tensorrt_tactics(build(checkpoint, tmp_path / "out", context=256).engine)
+    assert [(profile.products, profile.fallbacks) for profile in found.profiles] == [(low, {})] * 3
+    assert found.profiles[1].batch == ((1, 1, 2) if kind == "int8" else (1, 1, 1))
+    alone = tensorrt_tactics(build(checkpoint, tmp_path / "alone", context=256, concurrency=1).engine)
+    assert [(profile.products, profile.fallbacks) for profile in alone.profiles] == [(low, {})] * 2
+
+
+def test_a_profile_of_ones_own_choice_that_falls_back_is_told(tmp_path):
+    spec = SHAPES["smollm2-135m"].model_copy(update={"num_layers": 1, "windows": (None,), "vocab_size": 4096})
+    said = Said()
+    engine = build(make_checkpoint(tmp_path / "in", spec, "int8"), tmp_path / "out", said, generation_batches="1,4")
+    _, one, few = tensorrt_tactics(engine.engine).profiles
+    assert "bfloat16 instead of int8 weights" in one.fallbacks.values()
+    assert few.fallbacks == {}
+    assert any(line.startswith("generation-1: ") and "fell back" in line for line in said.lines)
 
 
 def test_an_embedding_of_its_own_is_read_in_its_low_bit_form(quantized, tmp_path):
@@ -104,7 +130,7 @@ def test_an_embedding_of_its_own_is_read_in_its_low_bit_form(quantized, tmp_path
     build(quantized("int8"), tmp_path / "out")
     facts = PlanFacts.model_validate_json((tmp_path / "out" / LAYERS).read_bytes())
     for profile in facts.profiles:
-        gathers = [kernel for kernel in profile.kernels if "embed" in kernel.sources]
+        gathers = [kernel for kernel in profile.kernels if "embed/rows" in kernel.sources]
         assert [("Int8" in kernel.constants, kernel.outputs[0]) for kernel in gathers] == [(True, "BFloat16")]
 
 
@@ -251,9 +277,9 @@ def test_kernels_are_judged_by_what_they_read():
         kernel("layers.0.attn.v", "gemm", ("Int8",), ("Int8", "Float")),
         kernel("layers.0.attn.o", "gemm", ("Half",), ("Half", "Float")),
         kernel("layers.0.mlp.gate#2", "runtime_fusion", ("Half",), ("Int8",)),
-        kernel("layers.0.mlp.up", "kgen", ("Half",), ("Int8",)),
+        kernel("layers.0.attn", "kgen", ("Half",), ()).model_copy(update={"name": "_gemm_mha_v2_myl0_1"}),
     ]
-    found = census(ProfileFacts(kernels=tuple(kernels), scratch_bytes=0), spec, layer)
+    found = census(ProfileFacts(kernels=tuple(kernels), scratch_bytes=0), spec, layer, "float16")
     unknown = "kernels unknown to this version"
     assert found.kinds == {"float16": 2, "int8 products": 1, "int8 weights": 2, unknown: 3}
     assert found.fallbacks == {
@@ -262,3 +288,72 @@ def test_kernels_are_judged_by_what_they_read():
         "layers.0.attn.o": "float16 instead of int8 weights",
         **dict.fromkeys(("layers.0.mlp.up", "layers.0.mlp.down", "lm_head"), f"{unknown} instead of int8 weights"),
     }
+
+
+def test_generated_kernels_are_judged_too():
+    """A generated kernel (kgen) is the product where no other is, reads several weights, and floats of the norm."""
+    from tests.support_tensorrt import small_spec
+
+    spec = small_spec(num_layers=1, windows=(None,))
+    int8 = WeightScheme(type="int8", granularity="channel")
+    int4 = WeightScheme(type="int4", granularity="group", group_size=32)
+    schemes = {"attn.q": int8, "attn.v": int8, "attn.o": int8, "mlp.gate": int8, "mlp.up": int4, "mlp.down": int8}
+    layer = {
+        f"layers.0.{name}": LayerQuantization(module=f"layers.0.{name}", scheme=it) for name, it in schemes.items()
+    }
+
+    def kernel(kind, inputs, constants, *sources):
+        sources = tuple(source if source == "lm_head" else f"layers.0.{source}" for source in sources)
+        return Kernel(name="k", type=kind, inputs=inputs, constants=constants, outputs=("Half",), sources=sources)
+
+    kernels = [
+        # what follows a product holds its name too, but a kernel of the library decides
+        kernel("kgen", ("Half",), ("Half",), "attn.q", "attn.q/rotary"),
+        kernel("gemm", ("Half",), ("Int8",), "attn.q"),
+        # k is not quantized: the int8 constant is v's
+        kernel("kgen", ("Float",), ("Half", "Int8"), "attn_norm", "attn.k", "attn.v/weight", "attn.v"),
+        # o's weight was dequantized by a kernel of its own
+        kernel("kgen", (), ("Int8",), "attn.o/weight"),
+        kernel("kgen", ("Half", "Half"), (), "attn.o"),
+        kernel("kgen", ("Float",), ("Int4", "Int8"), "mlp.gate", "mlp.up"),
+        # down reads an int4 constant that nothing explains
+        kernel("kgen", ("Half",), ("Int4",), "mlp.down"),
+        kernel("kgen", ("Int32", "Float"), ("Half",), "lm_head"),
+    ]
+    fused = kernel("kgen", ("FP8", "FP8", "FP8", "Bool"), (), "attn").model_copy(update={"name": "_gemv_mha_v1_myl1_9"})
+    kernels.append(fused)
+    found = census(ProfileFacts(kernels=tuple(kernels), scratch_bytes=0), spec, layer, "float16")
+    assert found.fallbacks == {
+        "layers.0.attn.o": "float16 instead of int8 weights",
+        "layers.0.mlp.down": "int4 weights instead of int8 weights",
+    }
+    assert found.kinds == {"int8 weights": 3, "float16": 3, "int4 weights": 2}
+
+
+def _attention_of(found):
+    return {module: what for module, what in found.fallbacks.items() if module.endswith(".attn")}
+
+
+def test_attention_is_judged_by_its_kernel():
+    from tests.support_tensorrt import small_spec
+
+    spec = small_spec(num_layers=3, windows=(None,) * 3)
+
+    def profile(*kernels):
+        made = (
+            Kernel(name=name, type="kgen", inputs=inputs, constants=(), outputs=("Half",), sources=(source,))
+            for name, inputs, source in kernels
+        )
+        return ProfileFacts(kernels=tuple(made), scratch_bytes=0)
+
+    fp8, half = ("FP8", "FP8", "FP8", "Bool"), ("Half", "Half", "Half", "Bool")
+    mixed = profile(
+        ("_gemm_mha_v2_myl0_1", fp8, "layers.0.attn"),
+        ("_gemm_mha_v2_myl0_2", half, "layers.1.attn"),
+        ("__myl_MulMaxExp_myl0_3", half, "layers.2.attn"),
+    )
+    assert mixed.attention == {"_gemm_mha_v2 fp8": 1, "_gemm_mha_v2": 1}
+    apart = {"layers.2.attn": "several kernels instead of a fused one"}
+    assert _attention_of(census(mixed, spec, {}, "float16")) == apart
+    wide = {"layers.1.attn": "attention in the compute type instead of fp8"}
+    assert _attention_of(census(mixed, spec, {}, "float16", fp8_attention=True)) == wide | apart

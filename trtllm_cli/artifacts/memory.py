@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import threading
 from pathlib import Path
 
 _INTERVAL_S = 0.005
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """``4GiB``, ``512M`` or a plain number of bytes. Raises ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"{text!r} is not a size such as 4GiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def peak_rss_mib() -> float:
@@ -35,6 +45,36 @@ def _status(field: str) -> float | None:
     except (OSError, ValueError, IndexError):
         pass
     return None
+
+
+def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Memory that may still be used: what the system has free or can free, and what the control groups leave.
+
+    None where the system does not tell.
+    """
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
+    try:
+        # version 2 of control groups: one line, "0::/path"
+        own = next(
+            line[3:] for line in (proc / "self" / "cgroup").read_text().splitlines() if line.startswith("0::")
+        ).lstrip("/")
+    except (OSError, StopIteration):
+        return free
+    for part in (groups / own, *(groups / own).parents):
+        if groups not in (part, *part.parents):
+            break
+        try:
+            limit = int((part / "memory.max").read_text())  # "max" where there is none
+            stat = dict(line.split() for line in (part / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        # cached files go when memory is wanted
+        free = min(free, limit - int(stat.get("anon", 0)))
+    return max(free, 0)
 
 
 class MemoryWatch:

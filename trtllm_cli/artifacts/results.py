@@ -83,7 +83,8 @@ class BenchResult(Frozen):
     """Speed of one shape: medians over ``repetitions``; the ranges are the slowest and the fastest repetition.
 
     Speeds are in tokens per second over the whole batch. ``weight_read_gb_per_s`` (1e9 bytes) is what decoding must
-    read of the weights; ``measured_bandwidth_gb_per_s`` is this machine's measured read ceiling.
+    read of the weights; ``measured_bandwidth_gb_per_s`` is this machine's (or the GPU's) measured read ceiling. ``gpu``
+    names the GPU that computed, None where the processor did.
     """
 
     type: Literal["bench"] = "bench"
@@ -101,6 +102,7 @@ class BenchResult(Frozen):
     weight_read_gb_per_s: float
     measured_bandwidth_gb_per_s: float | None = None
     peak_rss_mib: float
+    gpu: str | None = None
 
 
 class BlameEntry(Frozen):

@@ -12,7 +12,7 @@ from trtllm_cli.cli.options import Debug, Json
 from trtllm_cli.cli.output import Output
 
 if TYPE_CHECKING:
-    from trtllm_cli.artifacts.schema import Ancestor, Manifest
+    from trtllm_cli.artifacts.schema import Ancestor, EngineBody, Manifest
     from trtllm_cli.artifacts.store import Artifact
 
 _SHOWN_PER_SECTION = 12
@@ -20,7 +20,12 @@ _SHOWN_PER_SECTION = 12
 
 def inspect_command(
     artifact: Annotated[Path, typer.Argument(help="Any artifact.", show_default=False)],
-    layers: Annotated[bool, typer.Option("--layers", help="List every quantized module with its error.")] = False,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers", help="List every quantized module with its error, or what TensorRT made of each module."
+        ),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -29,7 +34,7 @@ def inspect_command(
 
     found = open_artifact(artifact)
     manifest = found.manifest
-    rows = _layers(manifest) if layers else []
+    columns, rows = _layers(manifest) if layers else ([], [])
     with Output(as_json) as out:
         out.line(f"{manifest.kind} {manifest.id}")
         out.line(f"made by {manifest.stage}, trtllm-cli {manifest.versions.get('trtllm-cli', '?')}")
@@ -48,7 +53,6 @@ def inspect_command(
         measured = found.path / MEASUREMENTS
         if measured.is_file():
             out.line(f"measured while writing: {', '.join(f'{k} {v}' for k, v in _read(measured).items())}")
-        columns = ["module", "method", "weights", "scale per", "inputs", "relative error", "output error", "note"]
         out.table(columns, rows)
         out.result(manifest.model_dump(mode="json"))
 
@@ -97,7 +101,29 @@ def _body(artifact: Artifact) -> list[str]:
             f"concurrency {limits.concurrency}, weights {limits.weight_bytes / 2**20:.1f} MiB, "
             f"cache {limits.cache_bytes / 2**20:.1f} MiB"
         )
+        if body.backend == "tensorrt":
+            lines += _profiles(body)
         lines += [f"needs {need.name} {need.value}: {need.reason}" for need in body.requirements]
+    return lines
+
+
+def _profiles(engine: EngineBody) -> list[str]:
+    """What each optimization profile of a plan takes and became."""
+    from trtllm_cli.artifacts.tensorrt import tensorrt_tactics
+
+    lines = []
+    for profile in tensorrt_tactics(engine).profiles:
+        sizes = ", ".join(
+            f"{name} {least}" if least == most else f"{name} {least}..{most}"
+            for name, (least, _, most) in (("batch", profile.batch), ("tokens", profile.tokens))
+        )
+        attention = ", ".join(f"{count} {name}" for name, count in profile.attention.items()) or "not fused"
+        products = ", ".join(f"{count} {what}" for what, count in profile.products.items()) or "unknown"
+        fell = f", {len(profile.fallbacks)} modules fell back (see --layers)" if profile.fallbacks else ""
+        lines.append(
+            f"{profile.name}: {sizes}, {profile.kernels} kernels, attention {attention}, products {products},"
+            f" activations {profile.scratch_bytes / 2**20:.0f} MiB{fell}"
+        )
     return lines
 
 
@@ -110,14 +136,20 @@ def _lineage(out: Output, ancestor: Ancestor, depth: int) -> None:
         _lineage(out, parent, depth + 1)
 
 
-def _layers(manifest: Manifest) -> list[list[str]]:
+def _layers(manifest: Manifest) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: of a TensorRT engine what each module became, else how each was quantized."""
     from trtllm_cli.artifacts.schema import CheckpointBody, EngineBody
     from trtllm_cli.errors import UsageError
 
     body = manifest.body
+    if isinstance(body, EngineBody) and body.backend == "tensorrt":
+        from trtllm_cli.artifacts.tensorrt import kernels_by_module, tensorrt_tactics
+
+        names = [profile.name for profile in tensorrt_tactics(body).profiles]
+        return ["module", *names], [[module, *kinds] for module, kinds in kernels_by_module(body).items()]
     if not isinstance(body, (CheckpointBody, EngineBody)) or body.quantization is None:
         raise UsageError("OPTION_UNUSED", "--layers has no effect: the artifact is not quantized", "leave it out")
-    return [
+    rows = [
         [
             layer.module,
             layer.method or body.quantization.method,
@@ -130,6 +162,7 @@ def _layers(manifest: Manifest) -> list[list[str]]:
         ]
         for layer in body.quantization.layers
     ]
+    return ["module", "method", "weights", "scale per", "inputs", "relative error", "output error", "note"], rows
 
 
 def verify_command(

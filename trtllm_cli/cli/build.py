@@ -63,6 +63,32 @@ def command(
         str | None,
         typer.Option("--target", help="tensorrt: GPUs to build for, such as sm86,sm89.", show_default=False),
     ] = None,
+    generation_batches: Annotated[
+        str | None,
+        typer.Option(
+            "--generation-batches",
+            help="tensorrt: largest batch of each generation profile. Default: 1,8 and the concurrency.",
+            show_default=False,
+        ),
+    ] = None,
+    max_ram: Annotated[
+        str | None,
+        typer.Option(
+            "--max-ram", help="tensorrt: memory the build may take. Default: what is available.", show_default=False
+        ),
+    ] = None,
+    weights_as_inputs: Annotated[
+        bool | None,
+        typer.Option(
+            "--weights-as-inputs",
+            help="tensorrt: a small plan that takes its weights from a file when it is loaded.",
+            show_default=False,
+        ),
+    ] = None,
+    fp8_attention: Annotated[
+        bool | None,
+        typer.Option("--fp8-attention", help="tensorrt: attention multiplies in fp8 (sm89 on).", show_default=False),
+    ] = None,
     config: ConfigFile = None,
     force: Force = False,
     as_json: Json = False,
@@ -77,6 +103,10 @@ def command(
         "cache": cache,
         "dtype": dtype,
         "target": tuple(target.split(",")) if target else None,
+        "generation_batches": tuple(generation_batches.split(",")) if generation_batches else None,
+        "max_ram": max_ram,
+        "weights_as_inputs": weights_as_inputs,
+        "fp8_attention": fp8_attention,
     }
     with Output(as_json) as out:
         before = artifact_id(output)

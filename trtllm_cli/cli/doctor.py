@@ -13,8 +13,8 @@ _PACKAGES = {
     "tokenizers": "tokenizers",
     "huggingface_hub": "download from the hub",
     "gguf": "import of GGUF files (extra: gguf)",
-    "tensorrt_rtx": "build --backend tensorrt (extra: tensorrt)",
-    "tensorrt": "build --backend tensorrt with full TensorRT (extra: tensorrt-full)",
+    "tensorrt_rtx": "TensorRT engines: build, and run on a GPU (extra: tensorrt)",
+    "tensorrt": "TensorRT engines with full TensorRT (extra: tensorrt-full)",
     "modelopt": "not used by this version (extra: modelopt)",
 }
 _DISTRIBUTIONS = {"tensorrt_rtx": "tensorrt_rtx_cu13", "modelopt": "nvidia-modelopt"}
@@ -58,7 +58,7 @@ def command(as_json: Json = False, debug: Debug = False) -> None:
         )
         facts["families"] = list(supported())
         out.line(f"families: {', '.join(supported())}")
-        out.line("backends: cpu (build, run, eval, bench); tensorrt (build only in this version)")
+        out.line("backends: cpu (build, run, eval, bench); tensorrt (build anywhere; run, eval, bench on a GPU)")
         out.result(facts)
 
 

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trtllm_cli.cli.options import ConfigFile, Debug, Force, Json, Threads, print_artifact, stage_options
+from trtllm_cli.cli.options import (
+    Checkpoint,
+    ConfigFile,
+    Debug,
+    Executor,
+    Force,
+    Graphs,
+    Json,
+    Threads,
+    execution,
+    print_artifact,
+    stage_options,
+)
 from trtllm_cli.cli.output import Output
 
 if TYPE_CHECKING:
     from trtllm_cli.artifacts.results import BlameResult, Result
     from trtllm_cli.artifacts.store import Artifact
-    from trtllm_cli.runtime.load import Loaded
+    from trtllm_cli.runtime.load import Execution, Loaded
 
 #: rows of a blame table before the rest is summed
 _BLAMED = 15
@@ -71,6 +85,9 @@ def eval_command(
     ] = None,
     output: ReportPath = None,
     threads: Threads = None,
+    executor: Executor = None,
+    checkpoint: Checkpoint = None,
+    graphs: Graphs = True,
     config: ConfigFile = None,
     force: Force = False,
     as_json: Json = False,
@@ -101,18 +118,21 @@ def eval_command(
             blame=blame,
         )
         width = options.options.context + 1
-        subject = load_any(out, model, threads, width)
-        reference = load_any(out, against, threads, width) if against is not None else None
-        if text is not None:
-            _warn_of_overlap(out, subject, text)
-        found = evaluate(
-            subject,
-            options,
-            output=output,
-            against=reference,
-            force=force,
-            progress=lambda what, done, total, figure: out.advance(what, done, total, "steps"),
-        )
+        with contextlib.ExitStack() as opened:
+            subject = opened.enter_context(
+                load_any(out, model, threads, width, execution(executor, checkpoint, graphs))
+            )
+            reference = opened.enter_context(load_any(out, against, threads, width)) if against is not None else None
+            if text is not None:
+                _warn_of_overlap(out, subject, text)
+            found = evaluate(
+                subject,
+                options,
+                output=output,
+                against=reference,
+                force=force,
+                progress=lambda what, done, total, figure: out.advance(what, done, total, "steps"),
+            )
         results = _finish(out, found)
         if gate is not None:
             enforce(results, gate, str(model))
@@ -153,6 +173,9 @@ def bench_command(
     ] = None,
     output: ReportPath = None,
     threads: Threads = None,
+    executor: Executor = None,
+    checkpoint: Checkpoint = None,
+    graphs: Graphs = True,
     config: ConfigFile = None,
     force: Force = False,
     as_json: Json = False,
@@ -173,28 +196,44 @@ def bench_command(
             seed=seed,
             bandwidth=bandwidth,
         )
-        found = benchmark(
-            load_any(out, engine, threads, options.options.prompt_tokens + options.options.new_tokens),
-            options,
-            output=output,
-            force=force,
-            progress=lambda what, done, total, figure: out.advance(what, done, total, "steps"),
-        )
+        width = options.options.prompt_tokens + options.options.new_tokens
+        with load_any(out, engine, threads, width, execution(executor, checkpoint, graphs)) as model:
+            found = benchmark(
+                model,
+                options,
+                output=output,
+                force=force,
+                progress=lambda what, done, total, figure: out.advance(what, done, total, "steps"),
+            )
         _finish(out, found)
 
 
-def load_any(out: Output, path: Path, threads: int | None, context: int) -> Loaded:
-    """An engine, or a checkpoint through the reference executor with room for ``context`` tokens."""
+@contextlib.contextmanager
+def load_any(
+    out: Output, path: Path, threads: int | None, context: int, how: Execution | None = None
+) -> Iterator[Loaded]:
+    """An engine, or a checkpoint through the torch executor with room for ``context`` tokens; closed in the end."""
     from trtllm_cli.artifacts.store import read_manifest
-    from trtllm_cli.runtime.load import load_checkpoint, load_engine, shortfall
+    from trtllm_cli.errors import UsageError
+    from trtllm_cli.runtime.load import Execution, load_checkpoint, load_engine, shortfall
 
     if read_manifest(path).kind == "checkpoint":
-        return load_checkpoint(path, context, threads)
-    model = load_engine(path, threads)
-    note = shortfall(model)
-    if note is not None:
-        out.say(note)
-    return model
+        if how is not None and how != Execution():
+            raise UsageError(
+                "OPTION_UNUSED",
+                f"{path} is a checkpoint; --executor, --checkpoint and --no-graphs are for TensorRT engines",
+                "leave them out",
+            )
+        model = load_checkpoint(path, context, threads)
+    else:
+        model = load_engine(path, threads, how, out)
+    try:
+        note = shortfall(model)
+        if note is not None:
+            out.say(note)
+        yield model
+    finally:
+        model.executor.close()
 
 
 def _finish(out: Output, found: Artifact | tuple[Result, ...]) -> tuple[Result, ...]:
@@ -267,8 +306,9 @@ def describe(result: Result) -> list[str]:
         if result.measured_bandwidth_gb_per_s
         else ""
     )
+    where = result.gpu or f"{result.threads} threads"
     return [
-        f"batch {result.batch}, prompt {result.prompt_tokens}, {result.new_tokens} new, {result.threads} threads, "
+        f"batch {result.batch}, prompt {result.prompt_tokens}, {result.new_tokens} new, {where}, "
         f"median of {result.repetitions}",
         f"prefill {result.prefill_tokens_per_s:.0f} tokens/s "
         f"({result.prefill_range[0]:.0f}..{result.prefill_range[1]:.0f})",

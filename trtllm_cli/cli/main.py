@@ -17,6 +17,7 @@ from trtllm_cli.cli import (
     artifacts,
     build,
     convert,
+    debug,
     doctor,
     download,
     evaluate,
@@ -49,6 +50,7 @@ app.command("build", rich_help_panel=_STAGES)(build.command)
 app.command("run", rich_help_panel=_STAGES)(run.command)
 app.command("eval", rich_help_panel=_STAGES)(evaluate.eval_command)
 app.command("bench", rich_help_panel=_STAGES)(evaluate.bench_command)
+app.add_typer(debug.app, name="debug", rich_help_panel=_STAGES)
 app.add_typer(pipeline.app, name="pipeline", rich_help_panel=_STAGES)
 app.command("inspect", rich_help_panel=_LOOK)(artifacts.inspect_command)
 app.command("verify", rich_help_panel=_LOOK)(artifacts.verify_command)
@@ -89,14 +91,14 @@ def _interrupted(as_json: bool) -> int:
 
 def invoke(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; errors are printed (with ``--debug`` their traceback before)."""
-    debug, as_json = "--debug" in arguments, "--json" in arguments
+    traced, as_json = "--debug" in arguments, "--json" in arguments
     try:
         outcome = app(args=list(arguments), prog_name="trtllm-cli", standalone_mode=False)
         if outcome == EXIT_INTERRUPTED:  # what newer versions of typer make of a KeyboardInterrupt
             return _interrupted(as_json)
         return outcome if isinstance(outcome, int) else EXIT_OK
     except UserError as error:
-        if debug:
+        if traced:
             traceback.print_exc()
         return _fail(error.code, error.message, error.hint, error.exit_code, as_json)
     except _ParseError as error:
@@ -115,16 +117,16 @@ def invoke(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return EXIT_OK
     except OSError as error:
-        if debug:
+        if traced:
             traceback.print_exc()
         what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
         return _fail("SYSTEM", what, "check the path and its permissions", EXIT_BAD_INPUT, as_json)
     except MemoryError:
-        if debug:
+        if traced:
             traceback.print_exc()
         return _fail("OUT_OF_MEMORY", "not enough memory", "a smaller --context or --concurrency", 5, as_json)
     except Exception as error:
-        if debug:
+        if traced:
             traceback.print_exc()
         name = type(error).__name__
         return _fail(

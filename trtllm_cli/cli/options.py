@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from trtllm_cli.artifacts.config import Configured, O
     from trtllm_cli.artifacts.store import Artifact
     from trtllm_cli.cli.output import Output
+    from trtllm_cli.runtime.load import Execution
 
 OutputPath = Annotated[
     Path, typer.Option("--output", "-o", help="Directory of the artifact to write.", show_default=False)
@@ -28,6 +29,38 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="Processor threads. Default: all this process may use.", show_default=False),
 ]
+
+Executor = Annotated[
+    str | None,
+    typer.Option(
+        "--executor",
+        help="TensorRT engines: auto (a GPU) or reference (slow, on the CPU, from the checkpoint). Default: auto.",
+        show_default=False,
+    ),
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        help="With --executor reference: what the engine was built from. Default: found beside it.",
+        show_default=False,
+    ),
+]
+Graphs = Annotated[
+    bool, typer.Option("--graphs/--no-graphs", help="TensorRT engines: replay generation steps as CUDA graphs.")
+]
+
+
+def execution(executor: str | None, checkpoint: Path | None, graphs: bool) -> Execution:
+    """The choice of executor as one value. Raises UsageError for one that there is not."""
+    from trtllm_cli.errors import UsageError
+    from trtllm_cli.runtime.load import Execution
+
+    if executor not in (None, "auto", "reference"):
+        raise UsageError(
+            "EXECUTOR_UNKNOWN", f"there is no executor {executor!r}", "--executor auto, or --executor reference"
+        )
+    return Execution("reference" if executor == "reference" else "auto", checkpoint, graphs)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

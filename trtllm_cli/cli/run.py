@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trtllm_cli.cli.options import Debug, Json, Threads
+from trtllm_cli.cli.options import Checkpoint, Debug, Executor, Graphs, Json, Threads, execution
 from trtllm_cli.cli.output import Output
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def command(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same text.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end token.")] = False,
     threads: Threads = None,
+    executor: Executor = None,
+    checkpoint: Checkpoint = None,
+    graphs: Graphs = True,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -81,21 +84,23 @@ def command(
     if stream and len(rows) > 1:
         raise UsageError("OPTION_UNUSED", f"--stream takes one prompt, {len(rows)} are given", "leave out --stream")
     with Output(as_json) as out:
-        model = load_engine(engine, threads)
+        model = load_engine(engine, threads, execution(executor, checkpoint, graphs), out)
         note = shortfall(model)
         if note is not None:
             out.say(note)
-        requests = [_request(row, model, chat, system, sampling, max_new_tokens, stops, ignore_eos) for row in rows]
-        completions = generate(
-            model.executor, model.tokenizer, requests, (lambda _, text: out.piece(text)) if stream else None
-        )
-        if stream:
-            out.line()
-        _print(out, completions, stream)
-        _summary(out, completions, model)
-        if as_json:
-            out.result({"completions": [one.model_dump() for one in completions], "load_s": model.load_seconds})
-        model.executor.close()
+        try:
+            requests = [_request(row, model, chat, system, sampling, max_new_tokens, stops, ignore_eos) for row in rows]
+            completions = generate(
+                model.executor, model.tokenizer, requests, (lambda _, text: out.piece(text)) if stream else None
+            )
+            if stream:
+                out.line()
+            _print(out, completions, stream)
+            _summary(out, completions, model)
+            if as_json:
+                out.result({"completions": [one.model_dump() for one in completions], "load_s": model.load_seconds})
+        finally:
+            model.executor.close()
 
 
 def _rows(prompts: list[str], file: Path | None) -> list[Prompt]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 def json_schemas() -> dict[str, bytes]:
     """File name -> content."""
     from trtllm_cli.artifacts.schema import Manifest
+    from trtllm_cli.debug.results import DebugResult
     from trtllm_cli.evaluate.report import Report
     from trtllm_cli.ops.native.plan import Plan
     from trtllm_cli.pipeline.schema import PipelineFile, PipelineResult
@@ -19,6 +20,7 @@ def json_schemas() -> dict[str, bytes]:
     models: dict[str, type[BaseModel]] = {
         "manifest.schema.json": Manifest,
         "report.schema.json": Report,
+        "debug.schema.json": DebugResult,
         "cpu-plan.schema.json": Plan,
         "pipeline.schema.json": PipelineFile,
         "pipeline-result.schema.json": PipelineResult,

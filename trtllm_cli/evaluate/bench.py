@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,8 @@ from trtllm_cli.artifacts.memory import peak_rss_mib
 from trtllm_cli.artifacts.results import BenchResult
 from trtllm_cli.errors import BadInputError, DoesNotFitError, UsageError
 from trtllm_cli.evaluate.scores import cores, require_context
-from trtllm_cli.runtime.executor import Executor, Segment
+from trtllm_cli.runtime.executor import ChoosingExecutor, Executor, Segment
+from trtllm_cli.runtime.sampling import Sampler, Sampling
 
 #: called after each repetition with (repetitions done, repetitions in all, decode tokens per second of this one)
 Progress = Callable[[int, int, float], None]
@@ -81,12 +83,13 @@ def bench(
     prefill = sorted(batch * prompt_tokens / timing.prefill_s for timing in timings)
     decode = sorted(batch * (new_tokens - 1) / timing.decode_s for timing in timings)
     step_s = statistics.median(timing.decode_s for timing in timings) / (new_tokens - 1)
+    described = executor.describe()
     return BenchResult(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         batch=batch,
         repetitions=repetitions,
-        threads=int(executor.describe().get("threads", cores())),
+        threads=int(described.get("threads", cores())),
         prefill_tokens_per_s=statistics.median(prefill),
         prefill_range=(prefill[0], prefill[-1]),
         decode_tokens_per_s=statistics.median(decode),
@@ -96,28 +99,45 @@ def bench(
         weight_read_gb_per_s=weight_bytes / step_s / 1e9,
         measured_bandwidth_gb_per_s=bandwidth_gb_per_s,
         peak_rss_mib=peak_rss_mib(),
+        gpu=described.get("gpu"),
     )
 
 
 def run_once(executor: Executor, prompts: NDArray[np.int32], new_tokens: int) -> Timing:
     """Time one batch: ``prompts`` [batch, tokens], then greedy decoding up to ``new_tokens`` tokens each."""
     batch, size = prompts.shape
+    greedy = _greedy(executor, batch)
     segments = [Segment(slot, 0, prompts[slot]) for slot in range(batch)]
     started = time.perf_counter()
-    logits = executor.forward(segments)
-    latest = logits.argmax(axis=1).astype(np.int32)
+    latest = greedy(segments)
     prefilled = time.perf_counter()
     for position in range(size, size + new_tokens - 1):
-        logits = executor.forward([Segment(slot, position, latest[slot : slot + 1]) for slot in range(batch)])
-        latest = logits.argmax(axis=1).astype(np.int32)
+        latest = greedy([Segment(slot, position, latest[slot : slot + 1]) for slot in range(batch)])
     ended = time.perf_counter()
-    if not np.isfinite(logits).all():
-        raise BadInputError(
-            "LOGITS_NOT_FINITE",
-            "the model returned NaN or infinite logits while decoding: its speed means nothing",
-            "trtllm-cli verify the engine; if it is sound, build again from the unquantized checkpoint",
-        )
     return Timing(prefilled - started, ended - prefilled)
+
+
+def _greedy(executor: Executor, batch: int) -> Callable[[Sequence[Segment]], NDArray[np.int32]]:
+    """Runs segments and chooses the likeliest token after each, where the executor's logits are.
+
+    Raises BadInputError when these are not finite.
+    """
+    if isinstance(executor, ChoosingExecutor):
+        samplers = [Sampler(Sampling(), 0, ()) for _ in range(batch)]
+        return lambda segments: np.array(executor.choose(segments, samplers), np.int32)
+
+    def greedy(segments: Sequence[Segment]) -> NDArray[np.int32]:
+        logits = executor.forward(segments)
+        if not np.isfinite(logits.max()):  # a NaN anywhere is the maximum
+            raise BadInputError(
+                "LOGITS_NOT_FINITE",
+                "the model returned NaN or infinite logits while decoding: its speed means nothing",
+                "trtllm-cli verify the engine; if it is sound, build again from the unquantized checkpoint",
+            )
+        latest: NDArray[np.int32] = logits.argmax(axis=1).astype(np.int32)
+        return latest
+
+    return greedy
 
 
 def read_bandwidth(threads: int | None = None, mib: int = 1024, repetitions: int = 5) -> float:
@@ -137,4 +157,25 @@ def read_bandwidth(threads: int | None = None, mib: int = 1024, repetitions: int
                 for _result in pool.map(reduce, parts):
                     pass
                 best = min(best, time.perf_counter() - started)
+    return buffer.nbytes / best / 1e9
+
+
+def gpu_read_bandwidth(mib: int = 1024, repetitions: int = 10) -> float:
+    """Memory read bandwidth of the GPU in GB/s (1e9 bytes), measured by reductions of a buffer larger than its caches.
+
+    The best of ``repetitions`` passes of two reductions counts, because anything slower is the reduction's fault.
+    """
+    import torch
+
+    event: Callable[..., Any] = torch.cuda.Event
+    buffer = torch.ones(mib * (1 << 20) // 4, dtype=torch.float32, device="cuda")
+    best = float("inf")
+    for _ in range(repetitions):
+        for reduce in (torch.sum, torch.amax):
+            begin, end = event(enable_timing=True), event(enable_timing=True)
+            begin.record()
+            reduce(buffer)
+            end.record()
+            end.synchronize()
+            best = min(best, begin.elapsed_time(end) / 1e3)
     return buffer.nbytes / best / 1e9

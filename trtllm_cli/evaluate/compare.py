@@ -13,7 +13,7 @@ _PROTOCOL: dict[str, tuple[str, ...]] = {
     "divergence": ("protocol", "reference"),
     "task": ("name", "form", "file_sha256", "tasks", "bos"),
     "blame": ("protocol", "reference"),
-    "bench": ("prompt_tokens", "new_tokens", "batch", "threads"),
+    "bench": ("prompt_tokens", "new_tokens", "batch", "threads", "gpu"),
 }
 
 

@@ -19,7 +19,10 @@ _LIBRARIES = ("numpy", "torch", "tokenizers")
 
 
 class Hardware(Frozen):
-    """What a result holds for: CPU model, usable cores, instruction sets, memory, system and library versions."""
+    """What a result holds for: CPU model, usable cores, instruction sets, memory, system and library versions.
+
+    ``gpu`` names the GPU that computed, None where the processor did.
+    """
 
     cpu: str
     cores: int
@@ -28,10 +31,14 @@ class Hardware(Frozen):
     system: str
     python: str
     libraries: dict[str, str]
+    gpu: str | None = None
 
 
-def hardware() -> Hardware:
-    """The facts of this machine; what cannot be found out is left empty or None."""
+def hardware(gpu: str | None = None, libraries: dict[str, str] | None = None) -> Hardware:
+    """The facts of this machine; what cannot be found out is left empty or None.
+
+    ``gpu`` and ``libraries`` (beside those of :func:`library_versions`) are what an executor says of itself.
+    """
     facts = _cpu_facts()
     flags = set((facts.get("flags") or facts.get("Features") or "").split())
     return Hardware(
@@ -41,7 +48,8 @@ def hardware() -> Hardware:
         memory_mib=_memory_mib(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
-        libraries=library_versions(),
+        libraries=library_versions() | (libraries or {}),
+        gpu=gpu,
     )
 
 

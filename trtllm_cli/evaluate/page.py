@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from html import escape
 
 from trtllm_cli.artifacts.results import (
@@ -17,9 +16,9 @@ from trtllm_cli.artifacts.results import (
 )
 from trtllm_cli.artifacts.schema import Ancestor, LayerQuantization, QuantizationRecord
 from trtllm_cli.evaluate import plots
+from trtllm_cli.evaluate.html import document, figure, table, tile
 from trtllm_cli.evaluate.plots import number
 from trtllm_cli.evaluate.report import DivergenceSeries, Report, Subject, WindowSeries
-from trtllm_cli.evaluate.style import STYLE
 from trtllm_cli.evaluate.summary import perplexity_error, sentence
 
 #: parts that stand as bars of their own
@@ -29,7 +28,6 @@ _LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
 
 def render(report: Report) -> str:
     """The page. Everything that came from outside is escaped."""
-    name = report.subject.name
     sections = [
         _summary(report),
         _text_results(report),
@@ -42,13 +40,7 @@ def render(report: Report) -> str:
         _lineage("Lineage", report.subject.lineage),
         _lineage("Lineage of the reference", report.reference.lineage) if report.reference else "",
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        f"<title>{escape(name)}: report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return document(f"{report.subject.name}: report", sections)
 
 
 def _summary(report: Report) -> str:
@@ -60,11 +52,7 @@ def _summary(report: Report) -> str:
         facts.append(f"{subject.quantization.method}, {subject.quantization.bits_per_weight:.2f} bits a weight")
     against = f" · measured against <b>{escape(report.reference.name)}</b>" if report.reference else ""
     words = "".join(f"<p>{escape(sentence(result))}</p>" for result in report.results)
-    tiles = "".join(
-        f'<div class="tile"><span class="label">{escape(label)}</span><span class="value">{escape(value)}</span>'
-        f'<span class="sub">{escape(sub)}</span></div>'
-        for label, value, sub in _tiles(report)
-    )
+    tiles = "".join(tile(*parts) for parts in _tiles(report))
     return (
         f'<header><p class="kind">Report</p><h1>{escape(subject.name)}</h1>'
         f'<p class="facts">{escape(" · ".join(facts))}{against}</p></header>'
@@ -100,12 +88,12 @@ def _text_results(report: Report) -> str:
             rows += [(f"{share} % of positions below", number(value)) for share, value in result.percentiles.items()]
             rows += [("largest", number(result.maximum))]
             parts.append("<h2>Divergence from the reference</h2>")
-            parts.append(_table(("KL(reference ‖ model)", "nats"), rows))
+            parts.append(table(("KL(reference ‖ model)", "nats"), rows))
             for series in report.series:
                 if isinstance(series, DivergenceSeries):
                     marks = [("mean", result.mean)]
                     marks += [(f"{share} %", value) for share, value in result.percentiles.items()]
-                    parts.append(_figure(
+                    parts.append(figure(
                         "How the divergence spreads over positions, on a logarithmic scale; the first column also "
                         "holds everything smaller.",
                         plots.histogram(series.log10_edges, series.counts, marks, "KL divergence (nats)", "positions",
@@ -115,14 +103,14 @@ def _text_results(report: Report) -> str:
                 (report.reference.name if report.reference else result.reference, f"{result.reference_perplexity:.4f}"),
                 (report.subject.name, f"{result.subject_perplexity:.4f}"),
             ]
-            parts.append(_table(("perplexity on the same positions", ""), compared))
+            parts.append(table(("perplexity on the same positions", ""), compared))
     if windows:
         parts.append("<h2>Loss along the text</h2>")
         styles = ("one", "two")
         # the measured model last, so that it lies on top
         drawn = [plots.Line(w.model, w.nll, styles[i % 2]) for i, w in enumerate(windows)][::-1]
         parts.append(
-            _figure(
+            figure(
                 "Mean negative log likelihood of each window, in text order.",
                 plots.lines(drawn, "window", "NLL (nats)", "mean negative log likelihood per window"),
             )
@@ -130,7 +118,7 @@ def _text_results(report: Report) -> str:
         if len(windows) == 2 and len(windows[0].nll) == len(windows[1].nll):
             moved = [a - b for a, b in zip(windows[0].nll, windows[1].nll, strict=True)]
             parts.append(
-                _figure(
+                figure(
                     "The same, model minus reference: above zero the model is worse.",
                     plots.differences(moved, "window", "difference (nats)", "difference of NLL per window"),
                 )
@@ -149,7 +137,7 @@ def _blame_results(report: Report) -> str:
             others = sum(entry.divergence for entry in rest)
             drawn.append(plots.Bar(f"the other {len(rest)}", others, f"{number(others, 3)} in sum", style="two"))
         parts.append("<h2>What each part costs</h2>")
-        parts.append(_figure(
+        parts.append(figure(
             f"KL divergence in nats when this part alone is quantized and the rest is the source's; all of them "
             f"together cost {number(result.together, 3)}.",
             plots.bars(drawn, None, "divergence caused by each part alone"),
@@ -157,7 +145,7 @@ def _blame_results(report: Report) -> str:
         if result.layers:
             count = max(entry.layer or 0 for entry in result.layers) + 1
             by_layer = {entry.layer: entry.divergence for entry in result.layers}
-            parts.append(_figure(
+            parts.append(figure(
                 "The same for each decoder layer as a whole.",
                 plots.differences([by_layer.get(i, 0.0) for i in range(count)], "layer", "KL divergence (nats)",
                                   "divergence caused by each layer alone", noun="layer"),
@@ -165,7 +153,7 @@ def _blame_results(report: Report) -> str:
         parts.append(_blame_map(result))
         rows = [(entry.name, number(entry.divergence), f"{entry.top1_agreement:.2%}") for entry in result.parts]
         head = ("part", "KL divergence (nats)", "same top token")
-        parts.append(f"<details><summary>All {len(rows)} parts</summary>{_table(head, rows)}</details>")
+        parts.append(f"<details><summary>All {len(rows)} parts</summary>{table(head, rows)}</details>")
     return f"<section>{''.join(parts)}</section>" if parts else ""
 
 
@@ -179,7 +167,7 @@ def _blame_map(result: BlameResult) -> str:
         (kinds.index(_kind(entry)), entry.layer or 0, entry.divergence, f"{entry.name}: {number(entry.divergence)}")
         for entry in inside
     ]
-    return _figure(
+    return figure(
         "The divergence of every part by layer and kind; the stronger the colour, the larger.",
         plots.heat_map(kinds, max(cell[1] for cell in cells) + 1, cells, "layer", "divergence per layer and part"),
     )
@@ -207,7 +195,7 @@ def _task_results(report: Report) -> str:
         for result in results
     ]
     head = ("task", "form", "lines", "accuracy", "normalised by bytes", "perplexity of the last word")
-    return f"<section><h2>Tasks</h2>{_table(head, rows)}</section>"
+    return f"<section><h2>Tasks</h2>{table(head, rows)}</section>"
 
 
 def _bench_results(report: Report) -> str:
@@ -222,7 +210,7 @@ def _bench_results(report: Report) -> str:
             for shape, r in zip(shapes, results, strict=True)
         ]
         caption = "Decoding: medians over the repetitions; whiskers reach from the slowest to the fastest."
-        parts.append(_figure(caption, plots.bars(drawn, None, "decode speed of each shape")))
+        parts.append(figure(caption, plots.bars(drawn, None, "decode speed of each shape")))
     shares = [
         (shape, result.weight_read_gb_per_s, result.measured_bandwidth_gb_per_s)
         for shape, result in zip(shapes, results, strict=True)
@@ -240,7 +228,7 @@ def _bench_results(report: Report) -> str:
             "to what this memory can deliver. More than all of it means the weights fit the cache."
         )
         mark = (f"measured read bandwidth {number(ceiling)} GB/s", ceiling)
-        parts.append(_figure(caption, plots.bars(drawn, mark, "share of the memory bandwidth")))
+        parts.append(figure(caption, plots.bars(drawn, mark, "share of the memory bandwidth")))
     for shape, result in zip(shapes, results, strict=True):
         rows = [
             ("decode", f"{number(result.decode_tokens_per_s)} tokens/s", _range(result.decode_range)),
@@ -249,9 +237,9 @@ def _bench_results(report: Report) -> str:
             ("weights read while decoding", f"{number(result.weight_read_gb_per_s)} GB/s", ""),
             ("load", f"{result.load_s:.2f} s", ""),
             ("peak memory", f"{result.peak_rss_mib:,.0f} MiB", ""),
-            ("threads", str(result.threads), ""),
+            ("GPU", result.gpu, "") if result.gpu else ("threads", str(result.threads), ""),
         ]
-        parts.append(_table((shape, "median", f"range of {result.repetitions}"), rows))
+        parts.append(table((shape, "median", f"range of {result.repetitions}"), rows))
     return f"<section>{''.join(parts)}</section>"
 
 
@@ -275,20 +263,20 @@ def _quantization(subject: Subject) -> str:
         )
     drawn = ""
     if cells:
-        drawn = _figure(
+        drawn = figure(
             "Error of each quantized weight relative to its own size; the stronger the colour, the larger.",
             plots.heat_map(rows, columns, cells, "layer", "relative quantization error per layer and module"),
         )
     worst = sorted(record.layers, key=lambda layer: -(layer.relative_error or 0.0))[:10]
-    table = _table(
+    largest = table(
         ("module", "stored as", "relative error", "largest difference", "note"), [_layer_row(x) for x in worst]
     )
-    rest = f"<details><summary>All {len(record.layers)} modules</summary>" + _table(
+    rest = f"<details><summary>All {len(record.layers)} modules</summary>" + table(
         ("module", "stored as", "relative error", "largest difference", "note"), [_layer_row(x) for x in record.layers]
     )
     return (
         f"<section><h2>Quantization</h2><p>{escape(_method(record))}</p>{drawn}"
-        f"<h3>Largest errors</h3>{table}{rest}</details></section>"
+        f"<h3>Largest errors</h3>{largest}{rest}</details></section>"
     )
 
 
@@ -322,17 +310,17 @@ def _protocol(report: Report) -> str:
                 ("scored", f"{result.scored_tokens:,} tokens, each once"),
                 ("text", f"{p.tokens:,} tokens, sha256 {p.text_sha256}"),
             ]
-            blocks.append(_table(("text", ""), rows))
+            blocks.append(table(("text", ""), rows))
         elif isinstance(result, TaskResult):
             bos = "after BOS" if result.bos else "without BOS"
             rows = [("file", f"sha256 {result.file_sha256}"), ("lines", f"the first {result.tasks:,}, {bos}")]
-            blocks.append(_table((result.name, ""), rows))
+            blocks.append(table((result.name, ""), rows))
         elif isinstance(result, BenchResult):
             rows = [
                 ("shape", f"{result.prompt_tokens} random tokens, {result.new_tokens} new, batch {result.batch}"),
                 ("repetitions", f"{result.repetitions} after one to warm up, median shown"),
             ]
-            blocks.append(_table(("speed", ""), rows))
+            blocks.append(table(("speed", ""), rows))
     return f"<section><h2>How it was measured</h2>{''.join(blocks)}</section>"
 
 
@@ -346,7 +334,7 @@ def _hardware(report: Report) -> str:
         ("python", h.python),
         *h.libraries.items(),
     ]
-    return f"<section><h2>Machine</h2>{_table(('', ''), rows)}</section>"
+    return f"<section><h2>Machine</h2>{table(('', ''), rows)}</section>"
 
 
 def _lineage(title: str, ancestor: Ancestor) -> str:
@@ -366,14 +354,3 @@ def _lineage(title: str, ancestor: Ancestor) -> str:
 
 def _range(values: tuple[float, float]) -> str:
     return f"{number(values[0])} to {number(values[1])}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head) if any(head) else ""
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    heading = f"<thead><tr>{top}</tr></thead>" if top else ""
-    return f'<div class="scroll"><table>{heading}<tbody>{body}</tbody></table></div>'
-
-
-def _figure(caption: str, drawing: str) -> str:
-    return f'<figure><div class="scroll">{drawing}</div><figcaption>{escape(caption)}</figcaption></figure>'

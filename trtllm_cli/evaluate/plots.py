@@ -153,6 +153,52 @@ def heat_map(
     return _svg(height, description, parts)
 
 
+def orders_of_magnitude(
+    values: Sequence[float],
+    tips: Sequence[str],
+    limit: tuple[str, float],
+    marked: tuple[str, int] | None,
+    x_label: str,
+    y_label: str,
+    description: str,
+    height: float = 280.0,
+) -> str:
+    """Values over their index on a logarithmic scale, as dots with tooltips; those above ``limit`` in another colour.
+
+    ``marked`` labels one of them. What is below the smallest positive value, such as zero, stands at the bottom; what
+    is infinite at the top.
+    """
+    positive = [value for value in [*values, limit[1]] if 0 < value < math.inf]
+    low = math.floor(math.log10(min(positive)) - 0.01)
+    high = max(math.ceil(math.log10(max(positive)) + 0.01), low + 1)
+
+    def place(value: float) -> float:
+        return low if value <= 0 else min(max(math.log10(value), low), high) if value < math.inf else high
+
+    frame = _Frame(-0.5, len(values) - 0.5, low, high, height, top=_TOP + 15.0)
+    parts = []
+    for power in range(low, high + 1):
+        parts.append(_line("grid", _LEFT, frame.y(power), _WIDTH - _RIGHT, frame.y(power)))
+        parts.append(_text("tick", _LEFT - 8, frame.y(power) + 4, f"1e{power}", "end"))
+    parts += [frame.y_name(y_label), frame.index_axis(x_label)]
+    y = frame.y(place(limit[1]))
+    parts.append(_line("mark", _LEFT, y, _WIDTH - _RIGHT, y))
+    parts.append(_text("note", _WIDTH - _RIGHT, y - 5, f"{limit[0]}: {number(limit[1])}", "end"))
+    if marked is not None:
+        label, index = marked
+        x = frame.x(index)
+        parts.append(_line("mark", x, _TOP + 6, x, frame.y(low)))
+        anchor, shift = ("end", -5) if x > _WIDTH * 0.6 else ("start", 5)
+        parts.append(_text("note", x + shift, _TOP + 6, label, anchor))
+    radius = 3.0 if len(values) <= 128 else 1.8
+    for index, value in enumerate(values):
+        style = "two" if value > limit[1] else "one"
+        x, y = frame.x(index), frame.y(place(value))
+        tip = escape(tips[index])
+        parts.append(f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{tip}</title></circle>')
+    return _svg(height, description, parts)
+
+
 def bars(items: Sequence[Bar], ceiling: tuple[str, float] | None, description: str) -> str:
     """Horizontal bars from zero, each with its note; ``ceiling`` is a labelled vertical line."""
     left, row_height, head = max(150.0, _label_width([item.label for item in items])), 32.0, 22.0 if ceiling else 2.0
@@ -207,9 +253,12 @@ class _Frame:
         for tick in ticks(self._range[2], self._range[3], 4):
             parts.append(_line("grid", _LEFT, self.y(tick), _WIDTH - _RIGHT, self.y(tick)))
             parts.append(_text("tick", _LEFT - 8, self.y(tick) + 4, number(tick), "end"))
+        return "".join(parts) + self.y_name(name)
+
+    def y_name(self, name: str) -> str:
         middle = (self._bottom + self._top) / 2
         turned = f'transform="translate(14 {middle:.1f}) rotate(-90)"'
-        return "".join(parts) + f'<text class="name" {turned} text-anchor="middle">{escape(name)}</text>'
+        return f'<text class="name" {turned} text-anchor="middle">{escape(name)}</text>'
 
     def index_axis(self, name: str) -> str:
         """Whole numbers only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from trtllm_cli.artifacts.store import Artifact
 from trtllm_cli.artifacts.texts import read_text
 from trtllm_cli.errors import BadInputError, UnsupportedError, UsageError
 from trtllm_cli.evaluate import divergence, perplexity
-from trtllm_cli.evaluate.bench import bench, read_bandwidth
+from trtllm_cli.evaluate.bench import bench, gpu_read_bandwidth, read_bandwidth
 from trtllm_cli.evaluate.hardware import Hardware, hardware, library_versions
 from trtllm_cli.evaluate.page import render
 from trtllm_cli.evaluate.report import (
@@ -99,8 +100,9 @@ def evaluate(
     if output is None:
         return tuple(measure()[0])
     parents = (model.artifact, against.artifact) if against is not None else (model.artifact,)
-    request = Request("report", "eval", config, parents, library_versions(), _digests(text, files))
-    return _publish(output, request, model, against, hardware(), measure, force)
+    machine, libraries, executor = _machine(model)
+    request = Request("report", "eval", config, parents, libraries, {**_digests(text, files), **executor})
+    return _publish(output, request, model, against, machine, measure, force)
 
 
 def benchmark(
@@ -131,15 +133,30 @@ def benchmark(
         )
         if options.bandwidth:
             # after the run: its buffer of a GiB must not count as the engine's memory
-            result = result.model_copy(update={"measured_bandwidth_gb_per_s": read_bandwidth()})
+            ceiling = gpu_read_bandwidth() if result.gpu else read_bandwidth()
+            result = result.model_copy(update={"measured_bandwidth_gb_per_s": ceiling})
         return [result], []
 
     if output is None:
         return tuple(measure()[0])
-    machine = hardware()
-    identity: dict[str, JsonValue] = {"hardware": machine.model_dump(mode="json")}
-    request = Request("report", "bench", config, (model.artifact,), library_versions(), identity)
+    machine, libraries, executor = _machine(model)
+    identity: dict[str, JsonValue] = {"hardware": machine.model_dump(mode="json"), **executor}
+    request = Request("report", "bench", config, (model.artifact,), libraries, identity)
     return _publish(output, request, model, None, machine, measure, force)
+
+
+def _machine(model: Loaded) -> tuple[Hardware, dict[str, str], dict[str, JsonValue]]:
+    """The machine and libraries that the results hold for, and what of the executor belongs to a report's identity.
+
+    A TensorRT engine runs on one of several GPUs, or by the reference evaluator: other figures of the same engine.
+    """
+    body = model.artifact.manifest.body
+    if not isinstance(body, EngineBody) or body.backend != "tensorrt":
+        return hardware(), library_versions(), {}
+    described = model.executor.describe()
+    libraries = {described["executor"]: described["version"]} if "version" in described else {}
+    identity: dict[str, JsonValue] = {name: described.get(name) for name in ("executor", "gpu", "graphs")}
+    return hardware(described.get("gpu"), libraries), library_versions() | libraries, identity
 
 
 def decode_weight_bytes(model: Loaded) -> int:
@@ -148,6 +165,8 @@ def decode_weight_bytes(model: Loaded) -> int:
     Of that only one row a token is read. It is int8 with a float32 scale a row, or in the model's own dtype.
     """
     body = model.artifact.manifest.body
+    if isinstance(body, EngineBody) and body.backend == "tensorrt":
+        return _read_of_plan(body)
     if isinstance(body, EngineBody):
         total = body.limits.weight_bytes
     elif isinstance(body, CheckpointBody):
@@ -162,6 +181,26 @@ def decode_weight_bytes(model: Loaded) -> int:
     if body.quantization is not None and any(layer.module == "embed" for layer in body.quantization.layers):
         return total - rows * (width + 4)
     return total - rows * width * (4 if body.dtype == "float32" else 2)
+
+
+def _read_of_plan(body: EngineBody) -> int:
+    """As the tensors of the checkpoint lie in a plan, which may hold some of them in more than one layout."""
+    schemes = {layer.module: layer.scheme for layer in body.quantization.layers} if body.quantization else {}
+    size = 4 if body.dtype == "float32" else 2
+    total = 0
+    for name, shape in body.spec.tensor_shapes().items():
+        module, _, kind = name.rpartition(".")
+        count = math.prod(shape)
+        if module == "embed" and not body.spec.tie_embeddings:
+            continue
+        scheme = schemes.get(module) if kind == "weight" else None
+        if scheme is None:
+            total += count * size
+            continue
+        groups = {"tensor": 1, "channel": shape[0], "group": count // max(scheme.group_size or count, 1)}
+        scales = shape[0] if scheme.group_size == -1 else groups[scheme.granularity]
+        total += count * scheme.bits // 8 + scales * size
+    return total
 
 
 def _score_text(

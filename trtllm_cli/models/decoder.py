@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
 
 from trtllm_cli.models.spec import DecoderSpec
 from trtllm_cli.ops.api import AttentionSpec, DecoderInputs, DecoderOutputs, KvCache, Ops
 
 T = TypeVar("T")
+#: a whole forward pass: :func:`decoder`, or one of your own (``docs/functional-api.md``)
+Forward: TypeAlias = Callable[[Ops[Any], Any, DecoderInputs[Any]], DecoderOutputs[Any]]
 
 
 def attention_spec(spec: DecoderSpec, layer: int) -> AttentionSpec:

@@ -92,12 +92,38 @@ class Ops(ABC, Generic[T]):
         """Normalise over the last axis in float32 and multiply by ``{module}.weight``."""
 
     @abstractmethod
-    def add(self, a: T, b: T) -> T:
-        """Elementwise sum."""
+    def add(self, a: T, b: T | float) -> T:
+        """Elementwise sum in the type of ``a``; ``b`` may have fewer or shorter (1) axes, or be a number."""
 
     @abstractmethod
-    def mul(self, a: T, b: T) -> T:
-        """Elementwise product."""
+    def mul(self, a: T, b: T | float) -> T:
+        """Elementwise product, like :meth:`add`."""
+
+    # Primitives for layers of one's own (docs/functional-api.md). The decoder itself uses none of them.
+
+    @abstractmethod
+    def parameter(self, name: str) -> T:
+        """The tensor ``name`` of the model, to compute with: its own shape, in the compute type."""
+
+    @abstractmethod
+    def div(self, a: T, b: T) -> T:
+        """Elementwise quotient, like :meth:`add`."""
+
+    @abstractmethod
+    def sqrt(self, x: T) -> T:
+        """Elementwise square root."""
+
+    @abstractmethod
+    def mean(self, x: T) -> T:
+        """[..., N] -> [..., 1]: mean over the last axis."""
+
+    @abstractmethod
+    def float32(self, x: T) -> T:
+        """The same values in float32, to compute what 16 bits would lose."""
+
+    @abstractmethod
+    def type_as(self, x: T, like: T) -> T:
+        """The same values in the type of ``like``."""
 
     @abstractmethod
     def activation(self, x: T, kind: str) -> T:

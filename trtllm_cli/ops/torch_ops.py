@@ -90,11 +90,29 @@ class TorchOps(Ops[Tensor]):
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + spec.eps)
         return normed.to(x.dtype) * self._weights.dense(f"{module}.weight")
 
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
+    def add(self, a: Tensor, b: Tensor | float) -> Tensor:
         return a + b
 
-    def mul(self, a: Tensor, b: Tensor) -> Tensor:
+    def mul(self, a: Tensor, b: Tensor | float) -> Tensor:
         return a * b
+
+    def parameter(self, name: str) -> Tensor:
+        return self._weights.dense(name)
+
+    def div(self, a: Tensor, b: Tensor) -> Tensor:
+        return a / b
+
+    def sqrt(self, x: Tensor) -> Tensor:
+        return x.sqrt()
+
+    def mean(self, x: Tensor) -> Tensor:
+        return x.mean(-1, keepdim=True)
+
+    def float32(self, x: Tensor) -> Tensor:
+        return x.float()
+
+    def type_as(self, x: Tensor, like: Tensor) -> Tensor:
+        return x.to(like.dtype)
 
     def activation(self, x: Tensor, kind: str) -> Tensor:
         return _ACTIVATIONS[kind](x)

@@ -180,8 +180,6 @@ def _problems(error: ValidationError, place: _Place) -> list[str]:
 
 
 def _kind(stage: Stage) -> str:
-    if isinstance(stage, BuildStage) and stage.backend == "tensorrt":
-        return "tensorrt engine"
     return {
         "download": "source",
         "convert": "checkpoint",
@@ -194,7 +192,7 @@ def _kind(stage: Stage) -> str:
 
 def _takes(stage: Stage) -> tuple[str, ...]:
     if isinstance(stage, BuildStage):
-        return ("checkpoint",) if stage.backend == "tensorrt" else _CHECKPOINTS
+        return _CHECKPOINTS
     return {"convert": ("source",), "quantize": ("checkpoint",)}.get(stage.stage, _MODELS)
 
 

@@ -20,7 +20,7 @@ from trtllm_cli.errors import BadInputError, DoesNotFitError, UsageError, UserEr
 from trtllm_cli.pipeline.load import Pipeline, Step, load_pipeline
 from trtllm_cli.pipeline.predict import Facts, facts_of, predict
 from trtllm_cli.pipeline.requests import Asked, download_request, stage_request
-from trtllm_cli.pipeline.schema import PipelinePlan, PlannedStage, Prediction
+from trtllm_cli.pipeline.schema import BuildStage, PipelinePlan, PlannedStage, Prediction
 from trtllm_cli.pipeline.stages import size
 from trtllm_cli.pipeline.state import State
 from trtllm_cli.progress import Reporter, Silent
@@ -129,6 +129,7 @@ def _outlook(step: Step, parents: Sequence[Outlook], state: State, force: bool, 
     asked = Asked(None, None)
     try:
         manifest = _existing(step, force)
+        _require_machine(step, parents)
         if step.stage.stage == "download":
             asked = download_request(step, manifest, report)
         judged = _judge(step, manifest, asked, parents, state, force, report)
@@ -140,6 +141,16 @@ def _outlook(step: Step, parents: Sequence[Outlook], state: State, force: bool, 
     except UserError as error:
         reason = f"{error.code}: {error.message}"
         return Outlook(step, "refused", reason, error=error, prediction=Prediction(basis="it cannot run"))
+
+
+def _require_machine(step: Step, parents: Sequence[Outlook]) -> None:
+    """Raises UnsupportedError for measuring a TensorRT engine on a machine without a GPU."""
+    for parent in (one.step for one in parents):
+        made = isinstance(parent.stage, BuildStage) and parent.stage.backend == "tensorrt"
+        if made and step.stage.stage in ("eval", "bench"):
+            from trtllm_cli.runtime.tensorrt.compatible import find_gpu, require_gpu
+
+            require_gpu(parent.output, find_gpu())
 
 
 def _existing(step: Step, force: bool) -> Manifest | None:

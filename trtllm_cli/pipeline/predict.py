@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+from trtllm_cli.artifacts.memory import parse_bytes
 from trtllm_cli.artifacts.schema import (
     CheckpointBody,
     Dtype,
@@ -31,7 +32,7 @@ from trtllm_cli.models.families import family_of
 from trtllm_cli.models.spec import DecoderSpec
 from trtllm_cli.pipeline.load import Step
 from trtllm_cli.pipeline.schema import BuildStage, Prediction
-from trtllm_cli.quantize.options import QuantizeOptions, parse_bytes
+from trtllm_cli.quantize.options import QuantizeOptions
 from trtllm_cli.quantize.selection import Choice, select
 
 #: what copying and hashing hold, and the float32 blocks of rows that quantization works in, in bytes

@@ -9,7 +9,7 @@ from typing import Any
 
 from trtllm_cli.artifacts.config import Configured
 from trtllm_cli.artifacts.publish import Request
-from trtllm_cli.artifacts.schema import Manifest
+from trtllm_cli.artifacts.schema import EngineBody, Manifest
 from trtllm_cli.artifacts.store import Artifact
 from trtllm_cli.build.cpu import stage as cpu
 from trtllm_cli.convert import stage as convert
@@ -67,7 +67,7 @@ def download_request(step: Step, existing: Manifest | None, report: Reporter) ->
 
 
 def stage_request(step: Step, parents: Sequence[Artifact], report: Reporter) -> Request | None:
-    """The request of any other stage; None where only the stage itself can tell (a TensorRT build).
+    """The request of any other stage; None where only the stage itself can tell (TensorRT).
 
     Raises what the stage raises for input files and options.
     """
@@ -81,6 +81,8 @@ def stage_request(step: Step, parents: Sequence[Artifact], report: Reporter) -> 
         if isinstance(step.stage, BuildStage) and step.stage.backend == "tensorrt":
             return None
         return cpu.request(parents[0], config, report)
+    if any(isinstance(one.manifest.body, EngineBody) and one.engine.backend == "tensorrt" for one in parents):
+        return None
     if kind == "bench":
         identity: dict[str, Any] = {"hardware": hardware().model_dump(mode="json")}
         return Request("report", "bench", config, tuple(parents), library_versions(), identity)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trtllm_cli.artifacts.memory import parse_bytes
 from trtllm_cli.artifacts.publish import Workspace
 from trtllm_cli.artifacts.schema import LayerQuantization
 from trtllm_cli.artifacts.tensors import CODES, TensorFile, TensorStore, TensorWriter
@@ -25,7 +26,7 @@ from trtllm_cli.models.weights import dequantized
 from trtllm_cli.progress import Reporter
 from trtllm_cli.quantize.groups import LayerResult
 from trtllm_cli.quantize.layerwise import LayerQuantizer
-from trtllm_cli.quantize.options import QuantizeOptions, parse_bytes
+from trtllm_cli.quantize.options import QuantizeOptions
 from trtllm_cli.quantize.selection import Choice
 from trtllm_cli.quantize.streaming import SPILLED, Streamer, choose_compute, choose_device
 

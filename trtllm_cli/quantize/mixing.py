@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trtllm_cli.artifacts.memory import parse_bytes
 from trtllm_cli.artifacts.store import Artifact
 from trtllm_cli.artifacts.tensors import DTYPES, TensorStore
 from trtllm_cli.errors import UsageError
 from trtllm_cli.models.replay import Replay, StoredWeights
 from trtllm_cli.progress import Reporter
-from trtllm_cli.quantize.options import GROUPED, QuantizeOptions, parse_bytes
+from trtllm_cli.quantize.options import GROUPED, QuantizeOptions
 from trtllm_cli.quantize.selection import Choice, select
 from trtllm_cli.quantize.sensitivity import Quantizer, Size, choose, measure, parts
 from trtllm_cli.quantize.streaming import choose_device

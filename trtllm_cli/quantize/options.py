@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -10,6 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from trtllm_cli.artifacts.config import Configured, StageOptions, transient
+from trtllm_cli.artifacts.memory import parse_bytes
 from trtllm_cli.errors import UsageError
 
 MethodName = Literal[
@@ -22,15 +22,6 @@ WITH_ACTIVATIONS = ("smoothquant", "fp8")
 #: methods that cannot do without calibration data
 CALIBRATED = ("smoothquant", "gptq", "awq", "awq-gptq")
 _WITH_TEXT = "add --eval-text"
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def parse_bytes(text: str) -> int:
-    """``4GiB``, ``512M`` or a plain number of bytes. Raises ValueError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if found is None:
-        raise ValueError(f"{text!r} is not a size such as 4GiB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 class QuantizeOptions(StageOptions):

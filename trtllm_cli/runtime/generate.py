@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from pydantic import Field
 
 from trtllm_cli.errors import BadInputError, DoesNotFitError
 from trtllm_cli.models.spec import Frozen
-from trtllm_cli.runtime.executor import Executor, Logits, Segment
+from trtllm_cli.runtime.executor import ChoosingExecutor, Executor, Segment
 from trtllm_cli.runtime.sampling import Sampler, Sampling
 from trtllm_cli.runtime.tokenizer import TextStream, Tokenizer
 
@@ -63,9 +64,8 @@ class _Active:
         """Tokens in the cache once the newest one has run."""
         return len(self.request.tokens) + len(self.tokens)
 
-    def take(self, logits: Logits, eos: frozenset[int], context: int) -> FinishReason | None:
-        """Choose the next token; the reason when it ends the request."""
-        token = self.sampler.choose(logits)
+    def take(self, token: int, eos: frozenset[int], context: int) -> FinishReason | None:
+        """Take the next token; the reason when it ends the request."""
         if token in eos and not self.request.ignore_eos:
             return "eos"
         self.tokens.append(token)
@@ -133,13 +133,14 @@ def generate(
     started = time.perf_counter()
     eos = frozenset(tokenizer.info.eos_ids)
     waiting = deque(enumerate(requests))
-    free = list(range(executor.slots))[::-1]
+    free = list(range(executor.slots))  # a heap: low slots first, so that batches of few sequences stay narrow
+    choose, release = _choice(executor)
     active: list[_Active] = []
     done: dict[int, Completion] = {}
     repeats: Counter[tuple[tuple[int, ...], int]] = Counter()
 
-    def advance(one: _Active, logits: Logits) -> bool:
-        reason = one.take(logits, eos, executor.context)
+    def advance(one: _Active, token: int) -> bool:
+        reason = one.take(token, eos, executor.context)
         now = time.perf_counter() - started
         one.first_token_s = one.first_token_s or now
         piece = one.fresh_text(reason)
@@ -147,7 +148,8 @@ def generate(
             on_text(one.index, piece)
         if reason is None:
             return True
-        free.append(one.slot)
+        heapq.heappush(free, one.slot)
+        release(one.slot)
         done[one.index] = Completion(
             text=one.text,
             tokens=tuple(one.tokens),
@@ -162,14 +164,28 @@ def generate(
         while waiting and free:
             index, request = waiting.popleft()
             what = (request.tokens, request.sampling.seed)
-            one = _Active(index, request, repeats[what], free.pop(), tokenizer)
+            one = _Active(index, request, repeats[what], heapq.heappop(free), tokenizer)
             repeats[what] += 1
             prompt = np.asarray(request.tokens, np.int32)
-            if advance(one, executor.forward([Segment(one.slot, 0, prompt)])[0]):
+            if advance(one, choose([Segment(one.slot, 0, prompt)], [one.sampler])[0]):
                 active.append(one)
         if active:
             active.sort(key=lambda one: one.slot)
             steps = [Segment(one.slot, one.length - 1, np.array(one.tokens[-1:], np.int32)) for one in active]
-            logits = executor.forward(steps)
-            active = [one for one, row in zip(active, logits, strict=True) if advance(one, row)]
+            tokens = choose(steps, [one.sampler for one in active])
+            active = [one for one, token in zip(active, tokens, strict=True) if advance(one, token)]
     return [done[index] for index in range(len(requests))]
+
+
+def _choice(
+    executor: Executor,
+) -> tuple[Callable[[Sequence[Segment], Sequence[Sampler]], list[int]], Callable[[int], None]]:
+    """How to run segments and choose a token after each, where the executor can or here; how to free a slot."""
+    if isinstance(executor, ChoosingExecutor):
+        return executor.choose, executor.release
+
+    def choose(segments: Sequence[Segment], samplers: Sequence[Sampler]) -> list[int]:
+        logits = executor.forward(segments)
+        return [sampler.choose(row) for sampler, row in zip(samplers, logits, strict=True)]
+
+    return choose, lambda slot: None

@@ -6,13 +6,14 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from trtllm_cli.artifacts.schema import CheckpointBody, CpuTactics, EngineBody, TokenizerInfo
 from trtllm_cli.artifacts.store import Artifact, open_artifact
-from trtllm_cli.errors import BadInputError, UnsupportedError
+from trtllm_cli.errors import BadInputError, UnsupportedError, UsageError
+from trtllm_cli.progress import Reporter, Silent
 from trtllm_cli.runtime.executor import Executor
 from trtllm_cli.runtime.tokenizer import Tokenizer
 
@@ -28,19 +29,34 @@ class Loaded:
     load_seconds: float
 
 
-def load_engine(path: Path, threads: int | None = None) -> Loaded:
-    """Open a CPU engine and map its weights. ``threads`` defaults to the processors this process may use.
+@dataclass(frozen=True)
+class Execution:
+    """How to run a TensorRT engine; a CPU engine takes only the defaults.
 
-    Raises BadInputError for a damaged or foreign artifact, UnsupportedError when this machine cannot run it.
+    ``executor``: ``auto`` is TensorRT on a GPU, ``reference`` the network of the engine run by torch on the CPU, from
+    ``checkpoint`` (the one the engine was built from; None: found beside the engine). ``graphs``: replay generation
+    steps as CUDA graphs.
+    """
+
+    executor: Literal["auto", "reference"] = "auto"
+    checkpoint: Path | None = None
+    graphs: bool = True
+
+
+def load_engine(
+    path: Path, threads: int | None = None, how: Execution | None = None, report: Reporter | None = None
+) -> Loaded:
+    """Open an engine and load or map its weights. ``threads`` defaults to the processors this process may use.
+
+    Raises BadInputError for a damaged or foreign artifact, UnsupportedError when this machine cannot run it,
+    DoesNotFitError when it lacks memory, UsageError for a choice in ``how`` that has no effect.
     """
     artifact = open_artifact(path, "engine")
     engine = artifact.engine
-    if engine.backend != "cpu":
-        raise UnsupportedError(
-            "BACKEND_NOT_RUNNABLE",
-            f"{path} is a {engine.backend} engine; this version builds and checks such engines but does not run them",
-            "trtllm-cli build CHECKPOINT -o OUT --backend cpu",
-        )
+    how = how or Execution()
+    _require_used(artifact, how)
+    if engine.backend == "tensorrt":
+        return _load_tensorrt(artifact, threads, how, report or Silent())
     if engine.executor == "native":
         from trtllm_cli.ops.native import library
 
@@ -77,6 +93,39 @@ def shortfall(model: Loaded) -> str | None:
     if built == used:
         return None
     return f"note: this processor has no {built} products; prefill computes in {used}, slower and more exact"
+
+
+def _require_used(artifact: Artifact, how: Execution) -> None:
+    if artifact.engine.backend != "tensorrt" and how != Execution():
+        option = "--executor" if how.executor != "auto" else "--checkpoint" if how.checkpoint else "--no-graphs"
+        raise UsageError(
+            "OPTION_UNUSED",
+            f"{artifact.path} is a {artifact.engine.backend} engine, on which {option} has no effect",
+            f"leave out {option}",
+        )
+    if how.executor != "reference" and how.checkpoint is not None:
+        raise UsageError(
+            "OPTION_UNUSED", "--checkpoint has no effect without --executor reference", "add --executor reference"
+        )
+    if how.executor == "reference" and not how.graphs:
+        raise UsageError("OPTION_UNUSED", "the reference executor has no graphs to turn off", "leave out --no-graphs")
+
+
+def _load_tensorrt(artifact: Artifact, threads: int | None, how: Execution, report: Reporter) -> Loaded:
+    import torch
+
+    from trtllm_cli.runtime.tensorrt.load import load_on_gpu, load_reference
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    started = time.perf_counter()
+    executor: Executor
+    if how.executor == "reference":
+        executor = load_reference(artifact, how.checkpoint)
+    else:
+        executor = load_on_gpu(artifact, how.graphs, report)
+    tokenizer = _tokenizer(artifact, artifact.engine.tokenizer)
+    return Loaded(_name(artifact), artifact, executor, tokenizer, time.perf_counter() - started)
 
 
 def _name(artifact: Artifact) -> str:

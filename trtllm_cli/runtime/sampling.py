@@ -48,25 +48,45 @@ class Sampler:
         """The next token id for float32 logits [vocab]. Raises BadInputError when the model made NaN or infinity."""
         s = self._sampling
         if not np.isfinite(logits.max()):  # a NaN anywhere is the maximum
-            raise BadInputError(
-                "LOGITS_NOT_FINITE",
-                "the model's logits hold NaN or infinity",
-                "trtllm-cli verify the engine; build it with --cache float32 --products float32",
-            )
+            raise not_finite("build it with --cache float32 --products float32")
         if s.repetition_penalty != 1.0:
             logits = logits.copy()
             ids = np.fromiter(self._seen, np.int64, len(self._seen))
             picked = logits[ids]
             logits[ids] = np.where(picked > 0, picked / s.repetition_penalty, picked * s.repetition_penalty)
         token = int(np.argmax(logits)) if s.temperature == 0 else self._draw(logits)
-        self._seen.add(token)
+        self.take(token)
         return token
+
+    @property
+    def sampling(self) -> Sampling:
+        return self._sampling
+
+    @property
+    def seen(self) -> frozenset[int]:
+        """Ids of the tokens of prompt and answer so far."""
+        return frozenset(self._seen)
+
+    def uniform(self) -> float:
+        """The next number of the stream, in [0, 1). For a choice made elsewhere: one a token, none for a greedy one."""
+        return float(self._random.random())
+
+    def take(self, token: int) -> None:
+        """Record a chosen token."""
+        self._seen.add(token)
 
     def _draw(self, logits: NDArray[np.float32]) -> int:
         ids, probabilities = filtered(logits, self._sampling)
         edge = np.cumsum(probabilities)
-        place = int(np.searchsorted(edge, self._random.random() * edge[-1], side="right"))
+        place = int(np.searchsorted(edge, self.uniform() * edge[-1], side="right"))
         return int(ids[min(place, len(ids) - 1)])
+
+
+def not_finite(remedy: str) -> BadInputError:
+    """The error of logits that nothing can be chosen from."""
+    return BadInputError(
+        "LOGITS_NOT_FINITE", "the model's logits hold NaN or infinity", f"trtllm-cli verify the engine; {remedy}"
+    )
 
 
 def filtered(logits: NDArray[np.float32], s: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from trtllm_cli.errors import BadInputError, DoesNotFitError
-from trtllm_cli.models.decoder import decoder
+from trtllm_cli.models.decoder import Forward, decoder
 from trtllm_cli.models.spec import DecoderSpec
 from trtllm_cli.ops.api import DecoderInputs, KvCache
 from trtllm_cli.ops.segment import Logits, Segment
 from trtllm_cli.ops.torch_ops import QuantizedKvCache, TorchOps, Weights
+from trtllm_cli.runtime.executor import check_segments
 
 
 class TorchExecutor:
@@ -28,6 +28,7 @@ class TorchExecutor:
         slots: int,
         dtype: torch.dtype,
         threads: int | None,
+        forward: Forward = decoder,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -35,6 +36,7 @@ class TorchExecutor:
         self.slots = slots
         self.vocab_size = spec.vocab_size
         self._spec = spec
+        self._decoder = forward
         self._ops = TorchOps(weights, context)
         shape = (slots, spec.num_kv_heads, context, spec.head_dim)
 
@@ -48,7 +50,7 @@ class TorchExecutor:
 
     def forward(self, segments: Sequence[Segment]) -> Logits:
         """See :class:`trtllm_cli.runtime.executor.Executor`."""
-        self._check(segments)
+        check_segments(segments, self.context, self.slots, self.vocab_size)
         slots = [segment.slot for segment in segments]
         consecutive = slots == list(range(slots[0], slots[0] + len(slots))) if slots else False
         # neighbouring slots share one padded batch; others run one by one, because caches are views of the slots
@@ -57,25 +59,6 @@ class TorchExecutor:
         if not rows:
             return np.empty((0, self.vocab_size), np.float32)
         return torch.cat(rows).float().numpy()
-
-    def _check(self, segments: Sequence[Segment]) -> None:
-        seen: set[int] = set()
-        for segment in segments:
-            if not 0 <= segment.slot < self.slots or segment.slot in seen:
-                raise BadInputError("SLOT_INVALID", f"slot {segment.slot} is out of range or used twice", "")
-            seen.add(segment.slot)
-            if len(segment.tokens) == 0:
-                raise BadInputError(
-                    "SEGMENT_EMPTY", f"slot {segment.slot} has no new tokens", "give at least one token"
-                )
-            if segment.start < 0 or segment.start + len(segment.tokens) > self.context:
-                raise DoesNotFitError(
-                    "CONTEXT_EXCEEDED",
-                    f"{segment.start + len(segment.tokens)} tokens do not fit a context of {self.context}",
-                    "build the engine with a larger --context",
-                )
-            if int(np.min(segment.tokens)) < 0 or int(np.max(segment.tokens)) >= self.vocab_size:
-                raise BadInputError("TOKEN_OUT_OF_RANGE", f"token ids must lie in 0..{self.vocab_size - 1}", "")
 
     @torch.inference_mode()
     def _batch(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
@@ -93,7 +76,7 @@ class TorchExecutor:
             last=None if everything else last,
             caches=tuple(replace(cache, k=cache.k[view], v=cache.v[view]) for cache in self._caches),
         )
-        logits = decoder(self._ops, self._spec, inputs).logits
+        logits = self._decoder(self._ops, self._spec, inputs).logits
         rows = []
         for row, segment in enumerate(segments):
             if segment.want == "all":

@@ -1,8 +1,9 @@
 """Weights and a spec in, a TensorRT plan out, on a machine with or without a GPU.
 
-Nothing here knows about artifacts: :func:`build_plan` writes ``engine.plan`` and ``layers.json`` into a directory and
-returns what it learnt. Weights are used where they lie (memory maps) and the plan is streamed to disk, so the memory
-needed is what TensorRT itself takes. Plans are not bit-reproducible.
+Nothing here knows about artifacts: :func:`build_plan` writes ``engine.plan`` and ``layers.json`` into a directory (and
+``weights.safetensors``, where weights are inputs of the plan) and returns what it learnt. Weights are used where they
+lie (memory maps) and the plan is streamed to disk, so the memory needed is what TensorRT itself takes. Plans are not
+bit-reproducible.
 """
 
 from __future__ import annotations
@@ -10,27 +11,31 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_cli.artifacts.schema import Dtype
+from trtllm_cli.artifacts.schema import Dtype, LayerQuantization
+from trtllm_cli.artifacts.tensorrt import Range
 from trtllm_cli.build.tensorrt import errors
 from trtllm_cli.build.tensorrt.linears import Census, census, told
 from trtllm_cli.build.tensorrt.log import LogReader, PlanFacts
 from trtllm_cli.build.tensorrt.module import TensorRT, load
-from trtllm_cli.build.tensorrt.network import PROFILES, Sizing, add_profiles, define, new_definition
+from trtllm_cli.build.tensorrt.network import Profile, Sizing, add_profiles, define, new_definition, profiles
+from trtllm_cli.build.tensorrt.ops import NO_CHOICES, Choices
 from trtllm_cli.build.tensorrt.plan import PlanWriter, read_header
 from trtllm_cli.build.tensorrt.quantized import Quantized, nothing
-from trtllm_cli.build.tensorrt.weights import WeightSource
+from trtllm_cli.build.tensorrt.weights import WeightSource, write
 from trtllm_cli.errors import UnsupportedError, UsageError
+from trtllm_cli.models.decoder import Forward, decoder
 from trtllm_cli.models.spec import DecoderSpec
 from trtllm_cli.progress import Reporter, Silent
 
 PLAN = "engine.plan"
 LAYERS = "layers.json"
+WEIGHTS = "weights.safetensors"
 #: what a plan is made for unless the user says; four targets in one plan cost the size of one
 DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")
 #: the first compute capability that has the type
@@ -44,7 +49,8 @@ class TrtBuild:
 
     ``targets`` is empty where the package only builds for the GPU of the machine. ``network_layers`` counts layers
     before fusion; ``linears`` says per profile what the products compiled to (empty where the log was not understood);
-    ``cache_bytes`` is the memory of all caches at full concurrency.
+    ``cache_bytes`` is the memory of all caches at full concurrency; ``weight_inputs`` names the weights that are inputs
+    of the plan, which ``weight_bytes`` includes.
     """
 
     plan: Path
@@ -54,10 +60,13 @@ class TrtBuild:
     version: str
     targets: tuple[str, ...]
     dtype: Dtype
+    profiles: tuple[Profile, ...]
     network_layers: int
     weight_bytes: int
     cache_bytes: int
     seconds: float
+    choices: Choices = NO_CHOICES
+    weight_inputs: tuple[str, ...] = ()
 
 
 def build_plan(
@@ -69,10 +78,13 @@ def build_plan(
     directory: Path,
     report: Reporter | None = None,
     quantized: Quantized | None = None,
+    forward: Forward = decoder,
+    choices: Choices = NO_CHOICES,
 ) -> TrtBuild:
     """Build the decoder in ``dtype`` for the compute capabilities ``target`` (empty: the default ones).
 
-    The modules that ``quantized`` records are built from its source, all else from ``weights``.
+    The modules that ``quantized`` records are built from its source, all else from ``weights``. ``forward`` is the
+    forward pass where it is not the usual one (a watched one, or one of your own), ``choices`` what else can differ.
 
     Raises UsageError for a context beyond the model's, BadInputError for a missing or misshapen weight (naming it),
     UnsupportedError for what TensorRT refuses, DoesNotFitError when memory runs out, OSError when the disk does.
@@ -82,18 +94,23 @@ def build_plan(
     trt = load()
     check_context(spec, sizing.context)
     layers_of = {layer.module: layer for layer in quantized.record.layers} if quantized else {}
-    targets = resolve_targets(trt, target, dtype, {layer.scheme.type for layer in layers_of.values()})
+    check_choices(choices, dtype, bool(layers_of))
+    narrow = {"fp8"} if choices.fp8_attention else set()
+    targets = resolve_targets(trt, target, dtype, narrow | {layer.scheme.type for layer in layers_of.values()})
     reader = LogReader()
+    ranges = profiles(sizing)
 
     def hear(message: str) -> None:
         reader.hear(message)
         if message.startswith("Constructing optimization profile number "):
-            report.advance("compiling", reader.profile, len(PROFILES), "profiles")
+            report.advance("compiling", reader.profile, len(ranges), "profiles")
 
     with errors.listening(trt, hear) as tail:
         made = new_definition(trt)
         layers, network = made.layers, made.layers.network
-        define(layers, spec, weights, dtype, sizing.context, quantized.source if quantized else nothing)
+        define(
+            layers, spec, weights, dtype, sizing.context, quantized.source if quantized else nothing, forward, choices
+        )
         report.say(f"defined {network.num_layers} layers")
         config = _configure(trt, made.builder, spec, sizing, targets)
         with _interruptible(trt, config) as interrupted, PlanWriter(trt, directory / PLAN) as writer:
@@ -106,10 +123,11 @@ def build_plan(
                 raise errors.build_failed(trt, complaints, list(tail))
         network_layers = int(network.num_layers)
     facts = reader.facts()
-    linears = tuple(census(profile, spec, layers_of) for profile in facts.profiles) if facts.complete else ()
-    _report_facts(facts, linears, spec, report)
+    linears = _censuses(facts, spec, layers_of, dtype, choices)
+    _report_facts(ranges, facts, linears, spec, report)
     read_header(directory / PLAN)
     (directory / LAYERS).write_text(facts.model_dump_json(indent=1) + "\n")
+    loaded = write(directory / WEIGHTS, spec.tensor_shapes(), weights, dtype) if choices.weights_as_inputs else 0
     built = TrtBuild(
         plan=directory / PLAN,
         facts=facts,
@@ -118,10 +136,13 @@ def build_plan(
         version=trt.version,
         targets=targets,
         dtype=dtype,
+        profiles=ranges,
         network_layers=network_layers,
-        weight_bytes=facts.weight_bytes or sum(bits.nbytes for bits in layers.constants.values()),
+        weight_bytes=loaded + (facts.weight_bytes or sum(bits.nbytes for bits in layers.constants.values())),
         cache_bytes=2 * spec.num_layers * sizing.concurrency * spec.kv_size * sizing.context * _BYTES[dtype],
         seconds=time.monotonic() - started,
+        choices=choices,
+        weight_inputs=tuple(spec.tensor_shapes()) if choices.weights_as_inputs else (),
     )
     needs = {"weights": built.weight_bytes, "caches": built.cache_bytes, "activations": facts.scratch_bytes}
     report.say(
@@ -172,6 +193,23 @@ def _nearest(name: str, able: Sequence[str]) -> str:
     return f"add --target {min(able, key=lambda other: abs(int(other[2:]) - wanted))}"
 
 
+def check_choices(choices: Choices, dtype: Dtype, quantized: bool) -> None:
+    """Raises UnsupportedError for a choice that TensorRT does not take with the compute type or the weights."""
+    if choices.fp8_attention and dtype == "float32":
+        raise UnsupportedError(
+            "TENSORRT_FP8_ATTENTION",
+            "--fp8-attention with float32: TensorRT has no fused attention of prompts that writes float32",
+            "add --dtype bfloat16, or leave out --fp8-attention",
+        )
+    if choices.weights_as_inputs and quantized:
+        raise UnsupportedError(
+            "TENSORRT_INPUTS_QUANTIZED",
+            "--weights-as-inputs with a quantized checkpoint: TensorRT melts low-bit weights into their kernels only as"
+            " constants of the plan",
+            "leave out --weights-as-inputs, or build the checkpoint it was quantized from",
+        )
+
+
 def check_context(spec: DecoderSpec, context: int) -> None:
     """Raises UsageError when the model has fewer positions."""
     if context > spec.max_positions:
@@ -194,20 +232,35 @@ def _configure(trt: TensorRT, builder: Any, spec: DecoderSpec, sizing: Sizing, t
     return config
 
 
-def _report_facts(facts: PlanFacts, linears: Sequence[Census], spec: DecoderSpec, report: Reporter) -> None:
+def _censuses(
+    facts: PlanFacts, spec: DecoderSpec, layers_of: Mapping[str, LayerQuantization], dtype: Dtype, choices: Choices
+) -> tuple[Census, ...]:
+    if not facts.complete:
+        return ()
+    return tuple(census(profile, spec, layers_of, dtype, choices.fp8_attention) for profile in facts.profiles)
+
+
+def _report_facts(
+    ranges: Sequence[Profile], facts: PlanFacts, linears: Sequence[Census], spec: DecoderSpec, report: Reporter
+) -> None:
     if not facts.complete:
         report.say("the build log was not understood: the plan's kernels are not recorded")
         return
-    for index, profile in enumerate(facts.profiles):
+    for sizes, profile, products in zip(ranges, facts.profiles, linears, strict=True):
         fused = sum(profile.attention.values())
         kinds = ", ".join(profile.attention) or "none"
-        products = ", ".join(f"{count} {what}" for what, count in linears[index].kinds.items())
+        became = ", ".join(f"{count} {what}" for what, count in products.kinds.items())
         report.say(
-            f"{PROFILES[index]}: {len(profile.kernels)} kernels, attention {fused}/{spec.num_layers} fused ({kinds}),"
-            f" products: {products}"
+            f"{sizes.name}: batch {_span(sizes.batch)}, tokens {_span(sizes.tokens)}, {len(profile.kernels)} kernels,"
+            f" attention {fused}/{spec.num_layers} fused ({kinds}), products: {became}"
         )
-        for line in told(linears[index].fallbacks):
-            report.say(f"{PROFILES[index]}: {line}")
+        for line in told(products.fallbacks):
+            report.say(f"{sizes.name}: {line}")
+
+
+def _span(sizes: Range) -> str:
+    least, _, most = sizes
+    return str(least) if least == most else f"{least}..{most}"
 
 
 @contextmanager

@@ -41,6 +41,7 @@ _CLASSES = {
     "ROTARY_EMBEDDING": "IRotaryEmbeddingLayer",
     "SHAPE": "IShapeLayer",
     "SHUFFLE": "IShuffleLayer",
+    "SLICE": "ISliceLayer",
     "UNARY": "IUnaryLayer",
 }
 
@@ -53,13 +54,19 @@ class Scaled(NamedTuple):
 
 
 class Evaluator:
-    """Runs the network of ``layers``, whose constants it looks up there (some types cannot be read back)."""
+    """Runs the network of ``layers``, whose constants it looks up there (some types cannot be read back).
 
-    def __init__(self, layers: Layers) -> None:
+    With ``in_place`` caches are written where they lie, as TensorRT does, and the outputs are the inputs' memory; what
+    constant layers hold is kept from run to run.
+    """
+
+    def __init__(self, layers: Layers, in_place: bool = False) -> None:
         self._layers = layers
+        self._in_place = in_place
         self._api = layers.trt.api
         self._network = layers.network
         self._scaled: dict[str, Scaled] = {}
+        self._kept: dict[str, torch.Tensor] = {}
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> Values:
         """Outputs by name. Raises BadInputError for a wrong input, UnsupportedError for an unknown kind of layer."""
@@ -82,7 +89,7 @@ class Evaluator:
         for index in range(self._network.num_inputs):
             tensor = self._network.get_input(index)
             given = inputs.get(tensor.name)
-            expected = (self._dtype(tensor.dtype), tuple(tensor.shape))
+            expected = (self.torch_dtype(tensor.dtype), tuple(tensor.shape))
             if given is None or given.dtype != expected[0] or not _fits(tuple(given.shape), expected[1]):
                 got = "nothing" if given is None else f"{given.dtype} {tuple(given.shape)}"
                 raise BadInputError(
@@ -91,7 +98,8 @@ class Evaluator:
             values[tensor.name] = given
         return values
 
-    def _dtype(self, dtype: Any) -> torch.dtype:
+    def torch_dtype(self, dtype: Any) -> torch.dtype:
+        """The torch type that holds values of a TensorRT type."""
         import torch
 
         # values of four bits are held in eight
@@ -105,11 +113,19 @@ class Evaluator:
     # ---- one method a kind of layer ---------------------------------------------------------------------------------
 
     def _constant(self, layer: Any, values: Values) -> torch.Tensor:
+        found = self._kept.get(layer.name)
+        if found is None:
+            found = self._decoded(layer)
+            if self._in_place:
+                self._kept[layer.name] = found
+        return found
+
+    def _decoded(self, layer: Any) -> torch.Tensor:
         import numpy as np
         import torch
 
         kind = layer.get_output(0).dtype
-        dtype = self._dtype(kind)
+        dtype = self.torch_dtype(kind)
         bits = torch.from_numpy(np.array(self._layers.constants[layer.name]))
         if kind == self._api.int4:
             # two's complement in each nibble, element 0 in the low one; the shift of an int8 keeps its sign
@@ -129,14 +145,14 @@ class Evaluator:
             raise self._unknown(layer, layer.operation)
         shape, start, steps = (_operand(layer, values, index) for index in range(3))
         sizes = [int(size) for size in shape]
-        filled = torch.zeros(sizes, dtype=self._dtype(layer.get_output(0).dtype)) + start
+        filled = torch.zeros(sizes, dtype=self.torch_dtype(layer.get_output(0).dtype)) + start
         for axis, step in enumerate(steps):
             ramp = torch.arange(sizes[axis], dtype=filled.dtype) * step
             filled = filled + ramp.reshape([-1 if axis == other else 1 for other in range(len(sizes))])
         return filled
 
     def _cast(self, layer: Any, values: Values) -> torch.Tensor:
-        return _operand(layer, values, 0).to(self._dtype(layer.get_output(0).dtype))
+        return _operand(layer, values, 0).to(self.torch_dtype(layer.get_output(0).dtype))
 
     def _shuffle(self, layer: Any, values: Values) -> torch.Tensor:
         x = _operand(layer, values, 0)
@@ -148,6 +164,13 @@ class Evaluator:
             sizes = [x.shape[axis] if size == 0 else size for axis, size in enumerate(layer.reshape_dims)]
             x = x.reshape(sizes)
         return x.permute(list(layer.second_transpose)[: x.ndim])
+
+    def _slice(self, layer: Any, values: Values) -> torch.Tensor:
+        if layer.num_inputs != 3 or layer.mode != self._api.SampleMode.STRICT_BOUNDS:
+            raise self._unknown(layer, "a slice other than one of a computed size")
+        sizes = [int(size) for size in _operand(layer, values, 2)]
+        ranges = zip(layer.start, sizes, layer.stride, strict=True)
+        return _operand(layer, values, 0)[tuple(slice(at, at + size * step, step) for at, size, step in ranges)]
 
     def _elementwise(self, layer: Any, values: Values) -> torch.Tensor:
         import torch
@@ -212,8 +235,8 @@ class Evaluator:
             raise self._unknown(layer, "quantization with more than one scale, or with a zero point")
         steps = x.float() / scale.float()
         if layer.get_output(0).dtype == self._api.int8:
-            return steps.round().clamp(-128, 127).to(self._dtype(self._api.int8))
-        return steps.clamp(-448, 448).to(self._dtype(layer.get_output(0).dtype))
+            return steps.round().clamp(-128, 127).to(self.torch_dtype(self._api.int8))
+        return steps.clamp(-448, 448).to(self.torch_dtype(layer.get_output(0).dtype))
 
     def _dequantize(self, layer: Any, values: Values) -> torch.Tensor:
         numbers, scale = _operand(layer, values, 0).float(), _operand(layer, values, 1).float()
@@ -225,7 +248,7 @@ class Evaluator:
             wide = scale[:, None] if scale.ndim else scale
         else:
             wide = scale.repeat_interleave(numbers.shape[1] // scale.shape[1], dim=1)
-        return (numbers * wide).to(self._dtype(output.dtype))
+        return (numbers * wide).to(self.torch_dtype(output.dtype))
 
     def _matrix_multiply(self, layer: Any, values: Values) -> torch.Tensor:
         a, b = _operand(layer, values, 0), _operand(layer, values, 1)
@@ -234,20 +257,16 @@ class Evaluator:
         if x is not None and weight is not None and x.scale.ndim == 0 and layer.op1 == transpose != layer.op0:
             # float64 holds sums of products of whole numbers exactly, and of fp8 numbers better than any kernel
             sums = (x.numbers.double() @ weight.numbers.double().mT).float()
-            return (sums * (x.scale * weight.scale)).to(self._dtype(layer.get_output(0).dtype))
+            return (sums * (x.scale * weight.scale)).to(self.torch_dtype(layer.get_output(0).dtype))
         return (a.mT if layer.op0 == transpose else a) @ (b.mT if layer.op1 == transpose else b)
 
     def _gather(self, layer: Any, values: Values) -> torch.Tensor:
-        import torch
-
         data, index = _operand(layer, values, 0), _operand(layer, values, 1).long()
         if layer.mode == self._api.GatherMode.DEFAULT and layer.num_elementwise_dims == 0:
             if layer.axis == 0:
                 return data[index]
             if layer.axis == 1 and index.ndim == 1:
                 return data[:, index]
-        if layer.mode == self._api.GatherMode.ND and layer.num_elementwise_dims == 1 and index.shape[-1] == 1:
-            return data[torch.arange(data.shape[0]), index[:, 0]]
         raise self._unknown(layer, layer.mode)
 
     def _rotary_embedding(self, layer: Any, values: Values) -> torch.Tensor:
@@ -265,7 +284,7 @@ class Evaluator:
         if layer.cache_mode != self._api.KVCacheMode.LINEAR:
             raise self._unknown(layer, layer.cache_mode)
         cache, update, starts = (_operand(layer, values, index) for index in range(3))
-        updated = cache.clone()
+        updated = cache if self._in_place else cache.clone()
         for row, start in enumerate(starts.tolist()):
             if start + update.shape[2] > cache.shape[2]:
                 raise BadInputError(
@@ -286,7 +305,14 @@ class Evaluator:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         scores = (q @ k.mT).masked_fill(~values[attention.mask.name], float("-inf"))
-        return (scores.softmax(dim=-1) @ v).to(self._dtype(layer.get_output(0).dtype))
+        shares = scores.softmax(dim=-1)
+        if attention.normalization_quantize_scale is not None:
+            if attention.normalization_quantize_to_type != self._api.fp8:
+                raise self._unknown(layer, attention.normalization_quantize_to_type)
+            scale = values[attention.normalization_quantize_scale.name].float()
+            narrow = (shares / scale).clamp(-448, 448).to(self.torch_dtype(self._api.fp8))
+            shares = narrow.float() * scale
+        return (shares @ v).to(self.torch_dtype(layer.get_output(0).dtype))
 
 
 def _operand(layer: Any, values: Values, index: int) -> torch.Tensor:

@@ -47,6 +47,12 @@ class Kernel(Frozen):
     writes: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
 
+    @property
+    def attention(self) -> str | None:
+        """Which fused attention the kernel is, None for other kernels."""
+        match = _ATTENTION.match(self.name)
+        return match and (f"{match[1]} fp8" if self.inputs[:3] == ("FP8",) * 3 else match[1])
+
 
 class ProfileFacts(Frozen):
     """One optimization profile: its kernels in order, and the bytes of activations at its largest shapes."""
@@ -56,9 +62,8 @@ class ProfileFacts(Frozen):
 
     @property
     def attention(self) -> dict[str, int]:
-        """Fused attention kernels by name, and how many."""
-        names = (_ATTENTION.match(kernel.name) for kernel in self.kernels)
-        return dict(Counter(match[1] for match in names if match))
+        """Fused attention kernels by name, and how many; ``NAME fp8`` where queries, keys and values are E4M3."""
+        return dict(Counter(kernel.attention for kernel in self.kernels if kernel.attention))
 
 
 class IoTensor(Frozen):

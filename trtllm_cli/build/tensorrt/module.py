@@ -58,6 +58,24 @@ def load() -> TensorRT:
     )
 
 
+def load_package(package: str, purpose: str, remedy: str) -> TensorRT:
+    """Import one of :data:`PACKAGES`, as a plan opens only in the one that wrote it.
+
+    Raises UnsupportedError, which says what it was needed for and how to get it.
+    """
+    try:
+        api = importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise _broken(package, error) from error
+        raise UnsupportedError(
+            "TENSORRT_MISSING", f"{purpose} needs the package {package}, which is not installed", remedy
+        ) from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise _broken(package, error) from error
+    return TensorRT(api, package, str(api.__version__))
+
+
 def _broken(package: str, error: BaseException) -> UnsupportedError:
     return UnsupportedError(
         "TENSORRT_BROKEN",

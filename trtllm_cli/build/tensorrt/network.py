@@ -1,9 +1,10 @@
 """The network of a decoder: its inputs, outputs and optimization profiles.
 
-Inputs: ``token_ids`` [B, S], ``starts`` [B] and ``last`` [B], all int32, and per layer ``layers.{i}.k_cache`` and
-``layers.{i}.v_cache`` [B, kv_heads, context, head_dim] in the compute type. Outputs: ``logits`` [B, vocab] float32, and
+Inputs: ``token_ids`` [B, S], ``starts`` [B] and ``rows`` [R], all int32, and per layer ``layers.{i}.k_cache`` and
+``layers.{i}.v_cache`` [B, kv_heads, context, head_dim] in the compute type. Outputs: ``logits`` [R, vocab] float32, and
 per cache its updated self under the input's name plus ``.updated``; TensorRT writes caches in place, so an output must
-be bound to its input's address. Their meaning is that of :class:`trtllm_cli.ops.api.DecoderInputs`.
+be bound to its input's address. ``rows`` says which tokens' logits are returned, as indices ``b * S + s`` into the
+tokens of all sequences; else the meaning is that of :class:`trtllm_cli.ops.api.DecoderInputs`.
 """
 
 from __future__ import annotations
@@ -14,35 +15,46 @@ from typing import Any
 from pydantic import Field
 
 from trtllm_cli.artifacts.schema import Dtype
+from trtllm_cli.artifacts.tensorrt import Range
 from trtllm_cli.build.tensorrt.errors import Complaints, logger
 from trtllm_cli.build.tensorrt.layers import Layers
 from trtllm_cli.build.tensorrt.module import TensorRT
-from trtllm_cli.build.tensorrt.ops import TrtOps
+from trtllm_cli.build.tensorrt.ops import NO_CHOICES, Choices, TrtOps
 from trtllm_cli.build.tensorrt.quantized import QuantizedSource, nothing
 from trtllm_cli.build.tensorrt.weights import WeightSource
-from trtllm_cli.models.decoder import decoder
+from trtllm_cli.models.decoder import Forward, decoder
 from trtllm_cli.models.spec import DecoderSpec, Frozen
 from trtllm_cli.ops.api import DecoderInputs, KvCache
 
-#: which optimization profile serves what, in the order they stand in the plan
-PROFILES = ("context", "generation")
 _USUAL_PROMPT = 512
+#: new tokens of one sequence, and of all, in one pass: longer prompts go in pieces, so that activations stay bounded
+_CHUNK, _PASS = 2048, 8192
+#: logits rows of one pass of several tokens; bounds their memory
+_ROWS = 128
+#: largest batch of "a few sequences" that get kernels of their own, see :func:`generation_batches`
+_FEW = 8
 
 
 class Sizing(Frozen):
-    """The two numbers that size an engine: positions a sequence can have, and sequences at once."""
+    """The two numbers that size an engine: positions a sequence can have, and sequences at once.
+
+    ``generation`` holds the largest batch of each generation profile, growing, the concurrency last; empty: derived.
+    ``wide_rows`` keeps the number of logits rows from being fixed at one (see :func:`generation_batches`).
+    """
 
     context: int = Field(gt=0)
     concurrency: int = Field(gt=0)
+    generation: tuple[int, ...] = ()
+    wide_rows: bool = False
 
 
-class Range(Frozen):
-    """Smallest, usual and largest (batch, new tokens) of one profile."""
+class Profile(Frozen):
+    """One optimization profile: smallest, usual and largest batch, new tokens a sequence, and rows of logits."""
 
     name: str
-    minimum: tuple[int, int]
-    usual: tuple[int, int]
-    maximum: tuple[int, int]
+    batch: Range
+    tokens: Range
+    rows: Range
 
 
 def cache_names(layer: int) -> tuple[str, str]:
@@ -55,13 +67,45 @@ def updated(cache: str) -> str:
     return f"{cache}.updated"
 
 
-def profiles(sizing: Sizing) -> tuple[Range, Range]:
-    """Context (prompts of any length) and generation (one new token a sequence)."""
-    context, batch = sizing.context, sizing.concurrency
-    return (
-        Range(name="context", minimum=(1, 1), usual=(1, min(_USUAL_PROMPT, context)), maximum=(batch, context)),
-        Range(name="generation", minimum=(1, 1), usual=(batch, 1), maximum=(batch, 1)),
-    )
+def generation_batches(concurrency: int, single: bool = True) -> tuple[int, ...]:
+    """The largest batch of each generation profile: one sequence, a few, and all.
+
+    Kernels specialised for one sequence are twice as fast as those of a range (measured: 30 layers of width 576,
+    float16: 3.6 ms a step, in a profile of batch 1..64 8 ms), and a profile is usually tuned for its largest batch. The
+    price is time: each profile is compiled by itself, and a profile of batch 1 keeps some weights in a second layout.
+
+    ``single`` is false where weights are int8 and activations are not: at a batch that is fixed at 1 most such weights
+    are dequantized in memory first, at batches of 1 to 2 none is (read off the build logs of TensorRT-RTX 1.6.1). The
+    last batch is then 2 for a concurrency of 1.
+    """
+    least = 1 if single else 2
+    most = max(concurrency, least)
+    return (*(batch for batch in (least, _FEW) if batch < most), most)
+
+
+def profiles(sizing: Sizing) -> tuple[Profile, ...]:
+    """Context (pieces of prompts), then generation (one new token a sequence) by growing batch.
+
+    The generation profiles share out the batches 1 .. concurrency.
+    """
+    tokens = min(sizing.context, _CHUNK)
+    batch = max(1, min(_PASS // tokens, sizing.concurrency))
+    found = [
+        Profile(
+            name="context",
+            batch=(1, 1, batch),
+            tokens=(1, min(_USUAL_PROMPT, tokens), tokens),
+            rows=(1, 1, max(batch, min(_ROWS, tokens))),
+        )
+    ]
+    least = 1
+    for most in sizing.generation or generation_batches(sizing.concurrency):
+        # two slots serve one sequence most of the time
+        sizes = (least, 1 if least == 1 and most == 2 else most, most)
+        rows = (1, 1, 2) if most == 1 and sizing.wide_rows else sizes
+        found.append(Profile(name=f"generation-{most}", batch=sizes, tokens=(1, 1, 1), rows=rows))
+        least = most + 1
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -90,14 +134,16 @@ def define(
     dtype: Dtype,
     context: int,
     quantized: QuantizedSource = nothing,
+    forward: Forward = decoder,
+    choices: Choices = NO_CHOICES,
 ) -> None:
     """Add the whole forward pass to the network. Raises what :class:`~trtllm_cli.build.tensorrt.ops.TrtOps` raises."""
     int32, compute = layers.trt.api.int32, layers.dtype(dtype)
     cache_shape = (-1, spec.num_kv_heads, context, spec.head_dim)
     token_ids = layers.input("token_ids", int32, (-1, -1))
     starts = layers.input("starts", int32, (-1,))
-    last = layers.input("last", int32, (-1,))
-    for tensor in (token_ids, starts, last):
+    rows = layers.input("rows", int32, (-1,))
+    for tensor in (token_ids, starts):
         tensor.set_dimension_name(0, "batch")
     caches = tuple(
         KvCache(*(layers.input(name, compute, cache_shape) for name in cache_names(layer)))
@@ -106,8 +152,8 @@ def define(
     for cache in caches:
         cache.k.set_dimension_name(0, "batch")
         cache.v.set_dimension_name(0, "batch")
-    ops = TrtOps(layers, spec, weights, dtype, context, quantized)
-    outputs = decoder(ops, spec, DecoderInputs(token_ids, starts, last, caches))
+    ops = TrtOps(layers, spec, weights, dtype, context, quantized, choices)
+    outputs = forward(ops, spec, DecoderInputs(token_ids, starts, rows, caches))
     logits = outputs.logits
     if dtype != "float32":
         logits = layers.add("cast", "logits/float32", logits, layers.trt.api.float32)
@@ -118,17 +164,15 @@ def define(
 
 
 def add_profiles(builder: Any, config: Any, spec: DecoderSpec, sizing: Sizing) -> None:
-    """Give the build its two profiles."""
+    """Give the build its profiles."""
     for shapes in profiles(sizing):
         profile = builder.create_optimization_profile()
-        ranges = (shapes.minimum, shapes.usual, shapes.maximum)
-        batches = [(batch,) for batch, _ in ranges]
-        profile.set_shape("token_ids", *ranges)
-        profile.set_shape("starts", *batches)
-        profile.set_shape("last", *batches)
+        profile.set_shape("token_ids", *zip(shapes.batch, shapes.tokens, strict=True))
+        profile.set_shape("starts", *((batch,) for batch in shapes.batch))
+        profile.set_shape("rows", *((rows,) for rows in shapes.rows))
         for layer in range(spec.num_layers):
             for name in cache_names(layer):
                 profile.set_shape(
-                    name, *((batch, spec.num_kv_heads, sizing.context, spec.head_dim) for batch, _ in ranges)
+                    name, *((batch, spec.num_kv_heads, sizing.context, spec.head_dim) for batch in shapes.batch)
                 )
         config.add_optimization_profile(profile)

@@ -23,21 +23,36 @@ from trtllm_cli.artifacts.schema import Dtype
 from trtllm_cli.build.tensorrt.layers import Layers, Tensor
 from trtllm_cli.build.tensorrt.quantized import QuantizedSource, nothing
 from trtllm_cli.build.tensorrt.quantized_ops import QuantizedOps
-from trtllm_cli.build.tensorrt.weights import WeightSource, cast, from_float32
-from trtllm_cli.errors import BadInputError
+from trtllm_cli.build.tensorrt.weights import WeightSource, cast, checked, from_float32
 from trtllm_cli.models import rotary
-from trtllm_cli.models.spec import DecoderSpec, NormSpec, RotarySpec
+from trtllm_cli.models.spec import DecoderSpec, Frozen, NormSpec, RotarySpec
 from trtllm_cli.ops.api import AttentionSpec, KvCache, Ops
 
 _CACHE_SUFFIX = ".k_cache"
+#: probabilities 0 .. 1 become E4M3 numbers 0 .. 448
+FP8_SOFTMAX_SCALE = 1 / 448
+
+
+class Choices(Frozen):
+    """What of a network is a matter of choice: where its weights are, and the type of attention's products.
+
+    ``fp8_attention`` multiplies queries, keys, probabilities and values as E4M3; caches keep the compute type.
+    """
+
+    weights_as_inputs: bool = False
+    fp8_attention: bool = False
+
+
+NO_CHOICES = Choices()
 
 
 class TrtOps(Ops[Tensor]):
     """Adds layers computing in ``dtype`` with a cache of ``context`` positions.
 
     A batch must keep ``starts[b] + S <= context`` for every sequence. ``quantized`` has the modules whose weights are
-    quantized, ``weights`` all other tensors. Raises BadInputError for a missing or misshapen weight and
-    UnsupportedError for a layer TensorRT refuses, both naming the module.
+    quantized, ``weights`` all other tensors. With ``choices.weights_as_inputs`` the latter are inputs of the network,
+    named like the tensors and of their shapes, and ``weights`` is not asked. Raises BadInputError for a missing or
+    misshapen weight and UnsupportedError for a layer TensorRT refuses, both naming the module.
     """
 
     def __init__(
@@ -48,8 +63,10 @@ class TrtOps(Ops[Tensor]):
         dtype: Dtype,
         context: int,
         quantized: QuantizedSource = nothing,
+        choices: Choices = NO_CHOICES,
     ) -> None:
         self._net = layers
+        self._choices = choices
         self._api = layers.trt.api
         self._shapes = spec.tensor_shapes()
         self._weights = weights
@@ -59,6 +76,11 @@ class TrtOps(Ops[Tensor]):
         self._made: dict[tuple[Any, ...], Tensor] = {}
         self._reshaped: set[str] = set()
         self._quantized = QuantizedOps(layers, quantized, self._shapes, dtype, self._ones, self._reshaped)
+
+    @property
+    def layers(self) -> Layers:
+        """The network that is added to."""
+        return self._net
 
     # ---- fine -----------------------------------------------------------------------------------------------------
 
@@ -80,7 +102,7 @@ class TrtOps(Ops[Tensor]):
     def embedding(self, token_ids: Tensor, module: str) -> Tensor:
         self._tokens = self._net.add("shuffle", "tokens", token_ids, configure=_reshape((-1,)))
         table = self._quantized.table(module) if self._quantized.has(module) else self._weight(f"{module}.weight", 2)
-        return self._net.add("gather", module, table, self._tokens, 0)
+        return self._net.add("gather", f"{module}/rows", table, self._tokens, 0)
 
     def linear(self, x: Tensor, module: str) -> Tensor:
         if self._quantized.has(module):
@@ -88,8 +110,19 @@ class TrtOps(Ops[Tensor]):
         else:
             none, transpose = self._api.MatrixOperation.NONE, self._api.MatrixOperation.TRANSPOSE
             y = self._net.add("matrix_multiply", module, x, none, self._weight(f"{module}.weight", 2), transpose)
-        bias = f"{module}.bias"
-        return self._binary(f"{module}/biased", y, self._weight(bias, 2), "SUM") if bias in self._shapes else y
+        return self._biased(y, module)
+
+    def linears(self, x: Tensor, modules: tuple[str, ...]) -> tuple[Tensor, ...]:
+        whole = self._quantized.linears(x, modules)
+        if whole is None:
+            return tuple(self.linear(x, module) for module in modules)
+        parts, begin = [], 0
+        for module in modules:
+            width = self._shapes[f"{module}.weight"][0]
+            part = self._columns(f"{module}/part", whole, begin, width)
+            parts.append(self._biased(part, module))
+            begin += width
+        return tuple(parts)
 
     def norm(self, x: Tensor, module: str, spec: NormSpec) -> Tensor:
         net, rank = self._net, len(x.shape)
@@ -103,11 +136,30 @@ class TrtOps(Ops[Tensor]):
         narrow = self._cast(unit, self._dtype, f"{module}/{self._dtype}")
         return self._binary(module, narrow, self._weight(f"{module}.weight", rank), "PROD")
 
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        return self._binary(f"{_module(b)}/residual", a, b, "SUM")
+    def add(self, a: Tensor, b: Tensor | float) -> Tensor:
+        return self._between("residual", a, b, "SUM")
 
-    def mul(self, a: Tensor, b: Tensor) -> Tensor:
-        return self._binary(f"{_module(b)}/product", a, b, "PROD")
+    def mul(self, a: Tensor, b: Tensor | float) -> Tensor:
+        return self._between("product", a, b, "PROD")
+
+    def parameter(self, name: str) -> Tensor:
+        return self._weight(name, len(self._shapes[name]))
+
+    def div(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._between("quotient", a, b, "DIV")
+
+    def sqrt(self, x: Tensor) -> Tensor:
+        return self._net.add("unary", f"{_module(x)}/root", x, self._api.UnaryOperation.SQRT)
+
+    def mean(self, x: Tensor) -> Tensor:
+        last = 1 << (len(x.shape) - 1)
+        return self._net.add("reduce", f"{_module(x)}/mean", x, self._api.ReduceOperation.AVG, last, True)
+
+    def float32(self, x: Tensor) -> Tensor:
+        return self._cast(x, "float32", f"{_module(x)}/float32")
+
+    def type_as(self, x: Tensor, like: Tensor) -> Tensor:
+        return x if x.dtype == like.dtype else self._net.add("cast", f"{_module(x)}/cast", x, like.dtype)
 
     def activation(self, x: Tensor, kind: str) -> Tensor:
         api, name = self._api.ActivationType, f"{_module(x)}/{kind}"
@@ -157,28 +209,64 @@ class TrtOps(Ops[Tensor]):
         return KvCache(update(cache.k, k), update(cache.v, v))
 
     def attend(self, q: Tensor, cache: KvCache[Tensor], positions: Tensor, spec: AttentionSpec) -> Tensor:
+        name = f"{_module(cache.k).removesuffix(_CACHE_SUFFIX)}.attn"
         scaled = self._binary(f"{_module(q)}/scaled", q, self._scalar(spec.scale, self._dtype, 4), "PROD")
         softmax, no_causal = self._api.AttentionNormalizationOp.SOFTMAX, self._api.CausalMaskKind.NONE
         mask = self._mask(positions, spec.window)
+        operands, top = (scaled, cache.k, cache.v), None
+        if self._choices.fp8_attention:
+            operands = (self._fp8(scaled), self._fp8(cache.k), self._fp8(cache.v))
+            top = self._scalar(FP8_SOFTMAX_SCALE, self._dtype, 0)
 
         def configure(layer: Any) -> None:
             layer.mask = mask  # a causal kind beside a mask would silently drop the mask
             # float32 has no fused attention; the build reports how many attentions were fused
             layer.decomposable = True
+            if top is not None:
+                layer.normalization_quantize_to_type = self._api.fp8
+                layer.normalization_quantize_scale = top
 
-        name = f"{_module(cache.k).removesuffix(_CACHE_SUFFIX)}.attn"
-        return self._net.add("attention_v2", name, scaled, cache.k, cache.v, softmax, no_causal, configure=configure)
+        return self._net.add("attention_v2", name, *operands, softmax, no_causal, configure=configure)
+
+    def _fp8(self, x: Tensor) -> Tensor:
+        """What x is as E4M3: its range of 448 holds queries, keys and values as they are, so the scale is 1."""
+        one = self._scalar(1.0, self._dtype, 0)
+        narrow = self._net.add("quantize", f"{x.name}/fp8", x, one, self._api.fp8)
+        return self._net.add("dequantize", f"{x.name}/from_fp8", narrow, one, self._net.dtype(self._dtype))
 
     def gather_last(self, x: Tensor, last: Tensor) -> Tensor:
-        def configure(layer: Any) -> None:
-            layer.num_elementwise_dims = 1
-
-        sizes = self._batched((x.shape[1],))
-        rows = self._net.add("shuffle", "last/batch", x, configure=lambda layer: layer.set_input(1, sizes))
-        index = self._net.add("shuffle", "last/index", last, configure=_reshape((0, 1)))
-        return self._net.add("gather_v2", "last/rows", rows, index, self._api.GatherMode.ND, configure=configure)
+        """[tokens, H], [R] -> [R, H]: any rows, as indices into the tokens of all sequences."""
+        return self._net.add("gather", "rows/gathered", x, last, 0)
 
     # ---- helpers --------------------------------------------------------------------------------------------------
+
+    def _biased(self, y: Tensor, module: str) -> Tensor:
+        bias = f"{module}.bias"
+        return self._binary(f"{module}/biased", y, self._weight(bias, 2), "SUM") if bias in self._shapes else y
+
+    def _columns(self, name: str, x: Tensor, begin: int, width: int) -> Tensor:
+        """Columns ``begin`` .. ``begin + width - 1`` of x [tokens, N]."""
+
+        def size() -> Tensor:
+            tokens = self._once(("tokens",), lambda: self._net.add("shape", "tokens/shape", self._tokens))
+            columns = self._net.constant(f"sizes/{width}", np.array([width], np.int64))
+            return self._net.add("concatenation", f"sizes/tokens x {width}", [tokens, columns])
+
+        shape = self._once(("columns", width), size)
+        return self._net.add(
+            "slice", name, x, (0, begin), (0, 0), (1, 1), configure=lambda layer: layer.set_input(2, shape)
+        )
+
+    def _between(self, what: str, a: Tensor, b: Tensor | float, operation: str) -> Tensor:
+        """An elementwise operation whose second operand may be a number or have fewer axes."""
+        if isinstance(b, (int, float)):
+            dtype = "float32" if a.dtype == self._api.float32 else self._dtype
+            return self._binary(f"{_module(a)}/{what}", a, self._scalar(float(b), dtype, len(a.shape)), operation)
+        name = f"{_module(b)}/{what}"
+        missing = len(a.shape) - len(b.shape)
+        if missing > 0:  # TensorRT wants operands of one rank
+            b = self._net.add("shuffle", f"{b.name}/axes", b, configure=_reshape((1,) * missing + tuple(b.shape)))
+        return self._binary(name, a, b, operation)
 
     def _binary(self, name: str, a: Tensor, b: Tensor, operation: str) -> Tensor:
         return self._net.add("elementwise", name, a, b, getattr(self._api.ElementWiseOperation, operation))
@@ -213,24 +301,27 @@ class TrtOps(Ops[Tensor]):
         return self._once(("ones",), make)
 
     def _weight(self, name: str, rank: int) -> Tensor:
-        """The tensor as a constant, with leading ones up to ``rank`` (operands of one layer must have equal ranks)."""
-        return self._once(("weight", name, rank), lambda: self._constant(name, rank))
+        """The tensor with leading ones up to ``rank`` (operands of one layer must have equal ranks)."""
+        make = self._input if self._choices.weights_as_inputs else self._constant
+        return self._once(("weight", name, rank), lambda: make(name, rank))
+
+    def _input(self, name: str, rank: int) -> Tensor:
+        shape = self._shapes[name]
+        dtype = self._net.dtype(self._dtype)
+        tensor = self._once(("input", name), lambda: self._net.input(name, dtype, shape))
+        if rank == len(shape):
+            return tensor
+        ones = (1,) * (rank - len(shape))
+        return self._net.add("shuffle", f"{name}/rank{rank}", tensor, configure=_reshape(ones + shape))
 
     def _constant(self, name: str, rank: int) -> Tensor:
         if name not in self._bits:
-            weight = self._weights(name)
-            if weight.bits.shape != self._shapes[name]:
-                raise BadInputError(
-                    "TENSOR_SHAPE",
-                    f"tensor {name} has shape {tuple(weight.bits.shape)}, the model spec says {self._shapes[name]}",
-                    "repeat `trtllm-cli convert`",
-                )
-            self._bits[name] = cast(weight, self._dtype, name)
+            self._bits[name] = cast(checked(self._weights(name), name, self._shapes[name]), self._dtype, name)
         bits = self._bits[name]
         return self._net.constant(name, bits.reshape((1,) * (rank - bits.ndim) + bits.shape), self._dtype)
 
     def _scalar(self, value: float, dtype: Dtype, rank: int) -> Tensor:
-        bits = from_float32(np.full((1,) * rank, value, np.float32), dtype)
+        bits = from_float32(np.full((1,) * rank, value, np.float32), dtype).reshape((1,) * rank)
         return self._once(
             ("scalar", value, dtype, rank), lambda: self._net.constant(f"constant/{value:g}", bits, dtype)
         )

@@ -9,8 +9,9 @@ the scales of the rows multiply it, which overflows float16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,14 +127,42 @@ def stored(store: TensorStore, layers: Iterable[LayerQuantization]) -> Quantized
     The source raises BadInputError for tensors that are missing or do not fit the module's scheme.
     """
     known = {layer.module: layer for layer in layers}
-    kept: dict[str, QuantizedModule] = {}
 
+    # a module is asked for several times in a row; whoever uses it keeps it
+    @functools.lru_cache(maxsize=8)
     def quantized(module: str) -> QuantizedModule | None:
-        if module in known and module not in kept:
-            kept[module] = _read(store, known[module])
-        return kept.get(module)
+        return _read(store, known[module]) if module in known else None
 
     return quantized
+
+
+def _same(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
+    return a is b if a is None or b is None else np.array_equal(a, b)
+
+
+def merged(parts: Sequence[QuantizedModule]) -> QuantizedModule | None:
+    """One module whose outputs are those of all, in turn; None where they are not stored alike.
+
+    Only of weights: products of quantized inputs are merged by the builder itself.
+    """
+    first = parts[0]
+    alike = all(
+        part.activation is None
+        and part.scheme.type == first.scheme.type
+        and part.scale.ndim == first.scale.ndim > 0
+        and part.scale.shape[1:] == first.scale.shape[1:]
+        and part.shape[1] == first.shape[1]
+        and _same(part.order, first.order)
+        for part in parts
+    )
+    if not alike or len(parts) == 1:
+        return None
+    return replace(
+        first,
+        module="+".join(part.module for part in parts),
+        values=np.concatenate([part.values for part in parts]),
+        scale=np.concatenate([part.scale for part in parts]),
+    )
 
 
 def _read(store: TensorStore, layer: LayerQuantization) -> QuantizedModule:
@@ -152,7 +181,7 @@ def _read(store: TensorStore, layer: LayerQuantization) -> QuantizedModule:
             order = _order(_tensor(store, f"{module}.weight_group", ("I32",)), inputs, scale.shape[1], module)
             values = _permuted(values, order)
         if scale.shape[1] == 1:
-            scale = _split(scale, inputs)
+            scale = split_rows(scale, inputs)
         # codes 0..15 around 8 -> two's complement: the upper bit of each nibble flips
         values = np.bitwise_xor(values, np.uint8(0x88))
     elif scheme.granularity == "tensor":
@@ -205,7 +234,7 @@ def _order(group: NDArray[Any], inputs: int, groups: int, module: str) -> NDArra
     return np.argsort(group, kind="stable").astype(np.int32)
 
 
-def _split(scale: NDArray[np.float32], inputs: int) -> NDArray[np.float32]:
+def split_rows(scale: NDArray[np.float32], inputs: int) -> NDArray[np.float32]:
     """The one scale of a row for each of several groups: kernels that read int4 take no single group."""
     size = next((size for size in (128, 64, 32, 16) if inputs % size == 0 and inputs > size), inputs)
     return np.repeat(scale, inputs // size, axis=1)

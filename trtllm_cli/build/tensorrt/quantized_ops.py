@@ -21,7 +21,7 @@ import numpy as np
 
 from trtllm_cli.artifacts.schema import ActivationScheme, Dtype
 from trtllm_cli.build.tensorrt.layers import Layers, Tensor
-from trtllm_cli.build.tensorrt.quantized import QuantizedModule, QuantizedSource, scale_bits
+from trtllm_cli.build.tensorrt.quantized import QuantizedModule, QuantizedSource, merged, scale_bits
 from trtllm_cli.errors import BadInputError
 
 #: largest magnitude of each type, which a token's largest value is mapped to
@@ -65,7 +65,19 @@ class QuantizedOps:
 
     def linear(self, x: Tensor, module: str) -> Tensor:
         """[M, K] -> [M, N] with the quantized weight of ``module``, without its bias. Raises as :meth:`table`."""
-        weight, quantized = self.table(module), self._module(module)
+        return self._linear(x, module, self.table(module), self._module(module))
+
+    def linears(self, x: Tensor, modules: tuple[str, ...]) -> Tensor | None:
+        """[M, K] -> [M, the outputs of all modules in turn], one product; None where their weights cannot be merged.
+
+        The builder merges products of one input, but not where they read low-bit weights.
+        """
+        if not all(self.has(module) for module in modules):
+            return None
+        whole = merged([self._module(module) for module in modules])
+        return None if whole is None else self._linear(x, whole.module, self._dequantized(whole), whole)
+
+    def _linear(self, x: Tensor, module: str, weight: Tensor, quantized: QuantizedModule) -> Tensor:
         if quantized.order is not None:
             x = self._ordered(x, quantized)
         if quantized.activation is None:

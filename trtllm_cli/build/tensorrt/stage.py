@@ -1,6 +1,6 @@
 """The ``build`` stage with ``--backend tensorrt``: a checkpoint becomes an engine that holds a plan.
 
-The engine can be verified and inspected; running it is not part of this version, and its requirements say so.
+:mod:`trtllm_cli.runtime.tensorrt` runs it.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import Field, field_validator
 
-from trtllm_cli.artifacts.config import Configured, StageOptions
-from trtllm_cli.artifacts.memory import MemoryWatch
+from trtllm_cli.artifacts.config import Configured, StageOptions, transient
+from trtllm_cli.artifacts.memory import MemoryWatch, parse_bytes
 from trtllm_cli.artifacts.publish import Request, publish
 from trtllm_cli.artifacts.schema import (
     CALIBRATION_SKETCH,
@@ -24,14 +24,27 @@ from trtllm_cli.artifacts.schema import (
     Requirement,
 )
 from trtllm_cli.artifacts.store import Artifact
+from trtllm_cli.artifacts.tensorrt import ProfileTactics, TensorRTTactics
 from trtllm_cli.artifacts.tensors import TensorStore
-from trtllm_cli.build.tensorrt.build import TrtBuild, build_plan, check_context, resolve_targets
+from trtllm_cli.build.tensorrt.build import (
+    WEIGHTS,
+    TrtBuild,
+    build_plan,
+    check_choices,
+    check_context,
+    resolve_targets,
+)
 from trtllm_cli.build.tensorrt.linears import Census
+from trtllm_cli.build.tensorrt.log import ProfileFacts
 from trtllm_cli.build.tensorrt.module import load
-from trtllm_cli.build.tensorrt.network import PROFILES, Sizing
+from trtllm_cli.build.tensorrt.network import Sizing, generation_batches, profiles
+from trtllm_cli.build.tensorrt.ops import Choices
+from trtllm_cli.build.tensorrt.prediction import predict, require
 from trtllm_cli.build.tensorrt.quantized import Quantized, check
 from trtllm_cli.build.tensorrt.quantized import stored as quantized_source
 from trtllm_cli.build.tensorrt.weights import stored
+from trtllm_cli.errors import UsageError
+from trtllm_cli.models.decoder import head
 from trtllm_cli.progress import Reporter
 
 _USUAL_CONTEXT = 4096
@@ -43,18 +56,35 @@ class TensorRTOptions(StageOptions):
     ``context`` is how many positions a sequence can have (default: 4096, or the model's maximum where that is less),
     ``concurrency`` how many sequences run at once, ``dtype`` what is computed in (``auto``: the checkpoint's), and
     ``target`` the compute capabilities the plan is for (``sm80,sm89``; default: all current ones the type allows).
+    ``generation_batches`` divides the batches of generation among profiles: ``1,8,64`` makes one for a single sequence,
+    one for 2 to 8, one for 9 to 64 (default: 1, 8 and the concurrency; for int8 weights 2, 8 and the concurrency).
+    ``max_ram`` is the memory the build may take (``24GiB``; default: what is available); one that is predicted to take
+    more is refused. ``weights_as_inputs`` makes a small plan that takes its weights when it is loaded, from a file
+    beside it. ``fp8_attention`` multiplies queries, keys, probabilities and values as E4M3; caches keep the compute
+    type.
     """
 
     context: int | None = Field(default=None, gt=0)
     concurrency: int = Field(default=8, gt=0)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     target: tuple[str, ...] = ()
+    generation_batches: tuple[int, ...] = ()
+    max_ram: str | None = transient(None)
+    weights_as_inputs: bool = False
+    fp8_attention: bool = False
 
-    @field_validator("target", mode="before")
+    @field_validator("target", "generation_batches", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("max_ram")
+    @classmethod
+    def _size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
         return value
 
     @field_validator("target")
@@ -84,9 +114,16 @@ def build_tensorrt_engine(
     trt = load()
     config = _effective(config, body)
     options = config.options
+    choices = Choices(weights_as_inputs=options.weights_as_inputs, fp8_attention=options.fp8_attention)
+    check_choices(choices, cast(Dtype, options.dtype), body.quantization is not None)
     if body.quantization is not None:
         check(body.quantization, cast(Dtype, options.dtype), checkpoint.path)
-    sizing = Sizing(context=cast(int, options.context), concurrency=options.concurrency)
+    sizing = Sizing(
+        context=cast(int, options.context),
+        concurrency=options.concurrency,
+        generation=options.generation_batches,
+        wide_rows=head(body.spec) in _int8_weights(body),
+    )
     request = Request("engine", "build", config, (checkpoint,), {trt.package: trt.version}, {"backend": "tensorrt"})
     with publish(output, request, force=force) as work:
         if work.up_to_date is not None:
@@ -95,8 +132,13 @@ def build_tensorrt_engine(
         record = body.quantization
         quantized = Quantized(record, quantized_source(store, record.layers)) if record else None
         dtype = cast(Dtype, options.dtype)
+        layers = {layer.module: layer for layer in record.layers} if record else {}
+        predicted = predict(body.spec, body.dtype, dtype, layers, profiles(sizing), choices)
+        require(predicted, parse_bytes(options.max_ram) if options.max_ram else None)
         with MemoryWatch() as memory:
-            built = build_plan(body.spec, stored(store), dtype, sizing, options.target, work.path, report, quantized)
+            built = build_plan(
+                body.spec, stored(store), dtype, sizing, options.target, work.path, report, quantized, choices=choices
+            )
         beside = [body.tokenizer.file, body.tokenizer.chat_template] if body.tokenizer is not None else []
         if any(entry.path == CALIBRATION_SKETCH for entry in checkpoint.manifest.files):
             beside.append(CALIBRATION_SKETCH)
@@ -117,11 +159,15 @@ def build_tensorrt_engine(
                 scratch_bytes=built.facts.scratch_bytes,
             ),
             requirements=requirements(built),
-            tactics=tactics(built),
+            tactics=tactics(built).model_dump(mode="json"),
         )
         return work.complete(
             engine,
-            {"build_seconds": round(built.seconds, 2), "peak_above_interpreter_mib": round(memory.above_baseline, 1)},
+            {
+                "build_seconds": round(built.seconds, 2),
+                "peak_above_interpreter_mib": round(memory.above_baseline, 1),
+                "predicted_mib": round(predicted.total / 2**20, 1),
+            },
         )
 
 
@@ -135,38 +181,85 @@ def requirements(built: TrtBuild) -> tuple[Requirement, ...]:
             value=capabilities or "that of the machine it was built on",
             reason="the plan was compiled for these GPUs",
         ),
-        Requirement(
-            name="executor",
-            value="an application that drives TensorRT",
-            reason="this version of trtllm-cli builds and verifies TensorRT engines but does not run them",
-        ),
     )
 
 
-def tactics(built: TrtBuild) -> dict[str, JsonValue]:
+def tactics(built: TrtBuild) -> TensorRTTactics:
     """A summary of what the plan compiled to; the whole of it is in ``layers.json``."""
-    found: dict[str, JsonValue] = {"network_layers": built.network_layers, "complete": built.facts.complete}
-    for index, (name, profile) in enumerate(zip(PROFILES, built.facts.profiles, strict=False)):
+    found = []
+    for index, sizes in enumerate(built.profiles):
+        profile = built.facts.profiles[index] if built.facts.complete else ProfileFacts(kernels=(), scratch_bytes=0)
         linears = built.linears[index] if built.linears else Census()
-        found[name] = {
-            "kernels": len(profile.kernels),
-            "attention": cast("dict[str, JsonValue]", profile.attention),
-            "gemms": sum(kernel.type == "gemm" for kernel in profile.kernels),
-            "products": cast("dict[str, JsonValue]", linears.kinds),
-            "fallbacks": cast("dict[str, JsonValue]", linears.fallbacks),
-            "scratch_bytes": profile.scratch_bytes,
-        }
-    return found
+        found.append(
+            ProfileTactics(
+                **sizes.model_dump(),
+                kernels=len(profile.kernels),
+                attention=profile.attention,
+                gemms=sum(kernel.type == "gemm" for kernel in profile.kernels),
+                products=linears.kinds,
+                fallbacks=linears.fallbacks,
+                scratch_bytes=profile.scratch_bytes,
+            )
+        )
+    return TensorRTTactics(
+        network_layers=built.network_layers,
+        complete=built.facts.complete,
+        profiles=tuple(found),
+        weight_file=WEIGHTS if built.weight_inputs else None,
+        weight_inputs=built.weight_inputs,
+        fp8_attention=built.choices.fp8_attention,
+    )
+
+
+def _int8_weights(body: CheckpointBody) -> set[str]:
+    """Modules with int8 weights and unquantized inputs: their kernels need room for a second token."""
+    layers = body.quantization.layers if body.quantization else ()
+    return {layer.module for layer in layers if layer.scheme.type == "int8" and layer.activation is None}
+
+
+def resolve_generation(given: tuple[int, ...], concurrency: int, single: bool = True) -> tuple[int, ...]:
+    """The largest batch of each generation profile, the concurrency last; ``single`` as in generation_batches.
+
+    Raises UsageError for a profile without a batch, or beyond the concurrency.
+    """
+    if not given:
+        return generation_batches(concurrency, single)
+    told = ",".join(map(str, given))
+    least = 1
+    for most in given:
+        if most < least:
+            raise UsageError(
+                "PROFILE_EMPTY",
+                f"generation batches {told} leave a profile empty: it would take batches {least} to {most}",
+                f"add --generation-batches {','.join(map(str, sorted({b for b in given if b > 0})))}",
+            )
+        least = most + 1
+    if given[-1] > concurrency:
+        raise UsageError(
+            "PROFILE_BEYOND_CONCURRENCY",
+            f"generation batches {told} go beyond the concurrency of {concurrency}",
+            f"add --concurrency {given[-1]}",
+        )
+    return given if given[-1] == concurrency else (*given, concurrency)
 
 
 def _effective(config: Configured[TensorRTOptions], body: CheckpointBody) -> Configured[TensorRTOptions]:
     """The options with every derived value filled in and marked so."""
     given, spec = config.options, body.spec
     dtype = body.dtype if given.dtype == "auto" else given.dtype
-    kinds = {layer.scheme.type for layer in body.quantization.layers} if body.quantization else set()
+    kinds: set[str] = {layer.scheme.type for layer in body.quantization.layers} if body.quantization else set()
+    if given.fp8_attention:
+        kinds.add("fp8")
     context = given.context if given.context is not None else min(_USUAL_CONTEXT, spec.max_positions)
     check_context(spec, context)
-    values = {"context": context, "dtype": dtype, "target": resolve_targets(load(), given.target, dtype, kinds)}
+    values = {
+        "context": context,
+        "dtype": dtype,
+        "target": resolve_targets(load(), given.target, dtype, kinds),
+        "generation_batches": resolve_generation(
+            given.generation_batches, given.concurrency, not _int8_weights(body) - {head(spec)}
+        ),
+    }
     origins: dict[str, Origin] = dict(config.origins)
     for name, value in values.items():
         if value != getattr(given, name):

@@ -6,14 +6,16 @@ tensors of the right type therefore cost no memory of their own; other types are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trtllm_cli.artifacts.schema import Dtype
-from trtllm_cli.artifacts.tensors import TensorStore
+from trtllm_cli.artifacts.tensors import CODES, TensorStore, TensorWriter
 from trtllm_cli.errors import BadInputError, UnsupportedError
 
 _CODES: Mapping[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -53,6 +55,28 @@ def stored(store: TensorStore) -> WeightSource:
             )
         return Weight(store.array(name), _CODES[code])
 
+    return weight
+
+
+def write(path: Path, shapes: Mapping[str, tuple[int, ...]], weights: WeightSource, dtype: Dtype) -> int:
+    """Write the tensors ``shapes`` names as ``dtype``, one at a time, to a safetensors file; the bytes of all.
+
+    Raises BadInputError for a missing or misshapen tensor, and as :func:`cast`.
+    """
+    with TensorWriter(path, {name: (CODES[dtype], shape) for name, shape in shapes.items()}) as writer:
+        for name, shape in shapes.items():
+            writer.write(name, cast(checked(weights(name), name, shape), dtype, name))
+    return sum(math.prod(shape) for shape in shapes.values()) * int(np.dtype(BITS[dtype]).itemsize)
+
+
+def checked(weight: Weight, name: str, shape: tuple[int, ...]) -> Weight:
+    """The weight itself. Raises BadInputError where it has not the shape of the model's tensor."""
+    if weight.bits.shape != shape:
+        raise BadInputError(
+            "TENSOR_SHAPE",
+            f"tensor {name} has shape {tuple(weight.bits.shape)}, the model spec says {shape}",
+            "repeat `trtllm-cli convert`",
+        )
     return weight
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from trtllm_cli.errors import UnsupportedError
-from trtllm_cli.models.decoder import decoder
+from trtllm_cli.models.decoder import Forward, decoder
 from trtllm_cli.models.spec import DecoderSpec, NormSpec, RotarySpec
 from trtllm_cli.ops.api import AttentionSpec, DecoderInputs, KvCache, Ops
 
@@ -238,13 +238,31 @@ class PlanOps(Ops[str]):
         self.ops.append(GatherOp(out=out, x=x))
         return out
 
-    # The decoder reaches none of these: each lives inside a coarse operation recorded above.
+    # The decoder reaches none of these: each lives inside a coarse operation recorded above, or is for other layers.
 
-    def add(self, a: str, b: str) -> str:
+    def add(self, a: str, b: str | float) -> str:
         raise _unrecorded("add")
 
-    def mul(self, a: str, b: str) -> str:
+    def mul(self, a: str, b: str | float) -> str:
         raise _unrecorded("mul")
+
+    def parameter(self, name: str) -> str:
+        raise _unrecorded("parameter")
+
+    def div(self, a: str, b: str) -> str:
+        raise _unrecorded("div")
+
+    def sqrt(self, x: str) -> str:
+        raise _unrecorded("sqrt")
+
+    def mean(self, x: str) -> str:
+        raise _unrecorded("mean")
+
+    def float32(self, x: str) -> str:
+        raise _unrecorded("float32")
+
+    def type_as(self, x: str, like: str) -> str:
+        raise _unrecorded("type_as")
 
     def activation(self, x: str, kind: str) -> str:
         raise _unrecorded("activation")
@@ -273,11 +291,14 @@ def _unrecorded(what: str) -> UnsupportedError:
     )
 
 
-def record(spec: DecoderSpec) -> Plan:
-    """The plan of a model. The same spec always gives the same plan."""
+def record(spec: DecoderSpec, forward: Forward = decoder) -> Plan:
+    """The plan of a model. The same spec always gives the same plan.
+
+    Raises UnsupportedError for an operation of ``forward`` that the native library has no kernel for.
+    """
     ops = PlanOps(spec)
     caches = tuple(KvCache(str(layer), str(layer)) for layer in range(spec.num_layers))
-    out = decoder(ops, spec, DecoderInputs("tokens", "starts", "last", caches))
+    out = forward(ops, spec, DecoderInputs("tokens", "starts", "last", caches))
     return Plan(
         family=spec.family,
         vocab_size=spec.vocab_size,

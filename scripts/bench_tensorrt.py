@@ -1,0 +1,215 @@
+"""Quality and speed of the TensorRT backend on this GPU, as a receipt (``scripts/receipts/tensorrt_GPU.json``).
+
+    python scripts/bench_tensorrt.py prepare --work W --source CKPT --text FILE [--calibration FILE]   # needs no GPU
+    python scripts/bench_tensorrt.py shapes --work W [--layers 2 --layers 6]                           # needs no GPU
+    python scripts/bench_tensorrt.py measure --work W --text FILE [--only quality --only speed ...]
+    python scripts/bench_tensorrt.py summary RECEIPT
+
+``prepare`` makes the checkpoints, engines and CPU references of one model in every format; ``shapes`` engines of the
+Llama-3.1-8B shapes with random weights, of a few layers, from which 32 layers are extrapolated (marked so). ``measure``
+runs what it finds below W and updates the receipt after each engine. What is promised and what was reached stands side
+by side; what failed is a row with the problem. Exits 1 when something failed or a promise is not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.tensorrt_bench import prepare as preparing
+from scripts.tensorrt_bench import table, texts
+from scripts.tensorrt_bench.cases import BATCHES, FORMATS, PROMPT
+
+RECEIPTS = Path(__file__).resolve().parent / "receipts"
+SECTIONS = ("quality", "speed", "layers", "start")
+SHAPES = "llama-3.1-8b"
+#: formats whose requests are also compared in a crowd, and whose start is timed
+CROWDED, STARTED = ("bf16", "fp16"), ("bf16",)
+#: more requests than slots, so that some wait for others to leave
+CROWD = 80
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("prepare", help="checkpoints, engines and references; needs no GPU")
+    one.add_argument("--work", type=Path, required=True)
+    one.add_argument("--source", type=Path, required=True, help="unquantized checkpoint")
+    one.add_argument("--text", type=Path, required=True)
+    one.add_argument("--calibration", type=Path, help="text to calibrate on, not the one that is scored")
+    one.add_argument("--format", action="append", choices=FORMATS)
+    _scored(one)
+    one.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    one.add_argument("--keep-references", action="store_true", help="also those of other weights")
+    one = commands.add_parser("shapes", help="engines of known shapes with random weights; needs no GPU")
+    one.add_argument("--work", type=Path, required=True)
+    one.add_argument("--layers", type=int, action="append", help="default: 2 and 6")
+    one.add_argument("--format", action="append", choices=("bf16", "int8", "int4", "fp8", "w8a8"))
+    one.add_argument("--jobs", type=int, default=1)
+    one = commands.add_parser("measure", help="on this machine's GPU")
+    one.add_argument("--work", type=Path, required=True)
+    one.add_argument("--text", type=Path, help="the one that was prepared with; needed for quality")
+    one.add_argument("--only", action="append", choices=SECTIONS)
+    one.add_argument("--format", action="append", help="a format of the model or, as 8b-FORMAT-LAYERS, of the shapes")
+    one.add_argument("--repetitions", type=int, default=3)
+    one.add_argument("--crowd", type=int, default=CROWD, help="requests at once, each compared with itself alone")
+    one.add_argument("--out", type=Path, help="receipt to update")
+    one.add_argument("--commit", help="of the sources, where git cannot be asked")
+    one.add_argument("--executor", choices=("auto", "reference"), default="auto", help="reference: to try the script")
+    one = commands.add_parser("reference", help="(what `prepare` runs for each engine)")
+    one.add_argument("--folder", type=Path, required=True)
+    one.add_argument("--text", type=Path, required=True)
+    one.add_argument("--torch", action="store_true", help="perplexity by torch, not by the CPU engine")
+    _scored(one)
+    one = commands.add_parser("summary", help="tables of a receipt")
+    one.add_argument("receipt", type=Path)
+    options = parser.parse_args()
+    run: dict[str, Callable[[argparse.Namespace], int]] = {
+        "prepare": _prepare, "shapes": _shapes, "measure": _measure, "reference": _reference, "summary": _summary,
+    }  # fmt: skip
+    return run[options.command](options)
+
+
+def _scored(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--windows", type=int, default=preparing.WINDOWS, help="of the text, that are scored")
+    parser.add_argument("--prompts", type=int, default=texts.PROMPTS, help="from the text, that are continued")
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    preparing.prepare(
+        preparing.Job(
+            work=options.work, source=options.source, text=options.text, names=options.format or list(FORMATS),
+            calibration=options.calibration, jobs=options.jobs, windows=options.windows, prompts=options.prompts,
+            keep=options.keep_references,
+        )
+    )  # fmt: skip
+    return 0
+
+
+def _reference(options: argparse.Namespace) -> int:
+    found = preparing.write_reference(options.folder, options.text, options.windows, options.prompts, options.torch)
+    print(f"perplexity {found.perplexity.perplexity:.4f} by {found.source}")
+    return 0
+
+
+def _shapes(options: argparse.Namespace) -> int:
+    formats = options.format or ["bf16", "int8", "int4", "fp8"]
+    pairs = [(form, layers) for layers in options.layers or [2, 6] for form in formats]
+    job = preparing.Job(options.work, source=options.work, text=options.work, names=(), jobs=options.jobs)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for made in [pool.submit(preparing.shapes, job, SHAPES, *pair) for pair in pairs]:
+            made.result()
+    return 0
+
+
+def _summary(options: argparse.Namespace) -> int:
+    from scripts.kernel_bench import receipt
+
+    print(table.tables(receipt.read(options.receipt)))
+    return 0
+
+
+def _measure(options: argparse.Namespace) -> int:
+    import torch
+
+    from scripts.kernel_bench import receipt
+    from trtllm_cli.evaluate.bench import gpu_read_bandwidth, read_bandwidth
+
+    on_gpu = options.executor == "auto"
+    if on_gpu and not torch.cuda.is_available():
+        print("bench_tensorrt: torch sees no GPU on this machine", file=sys.stderr)
+        return 1
+    sections = options.only or [one for one in SECTIONS if on_gpu or one == "quality"]
+    if "quality" in sections and options.text is None:
+        raise SystemExit("quality needs --text FILE")
+    found = sorted(path.parent for path in options.work.glob("*/engine"))
+    chosen = [path for path in found if not options.format or path.name in options.format]
+    if not chosen:
+        raise SystemExit(f"no engine below {options.work}: run the command prepare or shapes first")
+    gpu = torch.cuda.get_device_name() if on_gpu else "reference"
+    out = options.out or RECEIPTS / f"tensorrt_{gpu.split()[-1].lower()}.json"
+    read = gpu_read_bandwidth() if on_gpu else read_bandwidth()
+    name = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    run = {
+        **receipt.environment(options.commit),
+        "command": shlex.join(["python", *sys.argv]),
+        "read_gb_per_s": read,
+        "tensorrt": preparing.tensorrt_version(),
+    }
+    print(f"{gpu}, reads {read:.0f} GB/s", flush=True)
+    failed = False
+    for folder in chosen:
+        rows = _rows(folder, sections, options, read)
+        kept = receipt.merge(receipt.read(out), name, run, rows)
+        receipt.write(out, kept)
+        for row in rows:
+            print(table.line(row), flush=True)
+        failed = failed or any("problem" in row or row.get("met") is False for row in rows)
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+    print(table.tables(receipt.read(out)))
+    return int(failed)
+
+
+def _rows(folder: Path, sections: list[str], options: argparse.Namespace, read: float) -> list[dict[str, Any]]:
+    """What was measured of one engine; what fails is a row with the problem, and the rest goes on."""
+    from scripts.tensorrt_bench.quality import quality
+    from scripts.tensorrt_bench.speed import speed
+    from trtllm_cli.runtime.load import Execution, load_engine
+
+    form = FORMATS.get(folder.name)
+    rows: list[dict[str, Any]] = []
+
+    def attempt(section: str, case: str, measure: Callable[[], dict[str, Any]]) -> None:
+        try:
+            rows.append({"family": section, "case": case, **measure()})
+        except Exception as problem:
+            traceback.print_exc()
+            rows.append({"family": section, "case": case, "problem": f"{type(problem).__name__}: {problem}"[:600]})
+
+    if "start" in sections and folder.name in STARTED:
+        from scripts.tensorrt_bench.start import starts
+
+        attempt("start", folder.name, lambda: starts(folder / "engine"))
+    how = Execution(
+        executor=options.executor, checkpoint=folder / "checkpoint" if options.executor == "reference" else None
+    )
+    if {"quality", "speed"} & set(sections):
+        try:
+            model = load_engine(folder / "engine", how=how)
+        except Exception as problem:
+            traceback.print_exc()
+            return [
+                *rows,
+                {"family": "speed", "case": folder.name, "problem": f"{type(problem).__name__}: {problem}"[:600]},
+            ]
+        if "quality" in sections and form is not None:
+            crowd = options.crowd if folder.name in CROWDED else 0
+            attempt("quality", folder.name, lambda: quality(model, form, folder, options.text, crowd))
+        if "speed" in sections and (form is None or form.timed):
+            attempt("speed", folder.name, lambda: {"rows": speed(model, BATCHES, options.repetitions, read)})
+        model.executor.close()
+    if "layers" in sections and (form is None or form.timed):
+        from scripts.tensorrt_bench.layers import layers
+        from trtllm_cli.artifacts.store import open_artifact
+
+        engine = open_artifact(folder / "engine", "engine")
+        for batch in (min(BATCHES), max(BATCHES)):
+            attempt("layers", f"{folder.name} b{batch}", functools.partial(layers, engine, batch, PROMPT))
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

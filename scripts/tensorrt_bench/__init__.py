@@ -1,0 +1,1 @@
+"""What ``scripts/bench_tensorrt.py`` is made of."""
