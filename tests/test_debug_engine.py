@@ -129,6 +129,15 @@ def test_an_engine_whose_weights_are_inputs(tmp_path, text_source):
     assert compared(engine, checkpoint).departure is None
 
 
+def test_attention_in_fp8_shows_at_the_first_attention(tmp_path, text_source):
+    checkpoint = convert_to(text_source.path, tmp_path / "checkpoint", dtype="bfloat16")
+    wide = compared(engine_of(checkpoint, tmp_path / "engine"), checkpoint)
+    narrow = compared(engine_of(checkpoint, tmp_path / "fp8", fp8_attention=True), checkpoint, tolerance=0.02)
+    assert narrow.departure == "layers.0.attn"
+    assert narrow.point("layers.0.attn.k/rotary").relative_error < 0.01
+    assert wide.point("layers.0.attn").relative_error < 0.01 < narrow.point("layers.0.attn").relative_error < 0.2
+
+
 def test_16_bit_rounding_is_within_the_default_tolerance(tmp_path, text_source):
     for dtype in ("bfloat16", "float16"):
         checkpoint = convert_to(text_source.path, tmp_path / dtype, dtype=dtype)

@@ -22,7 +22,6 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 from tests.support_artifacts import REPOSITORY, quantize_to, raises
 from tests.support_debug import engine_of
 from tests.support_tensorrt import FAMILIES, small_spec, write_checkpoint
-from tests.test_tensorrt_smollm2 import SMOLLM2
 from trtllm_cli.cli.main import invoke
 from trtllm_cli.debug.drawing import ZOOMS
 from trtllm_cli.debug.graph import alike, graph_of
@@ -120,8 +119,9 @@ def test_arrows_lead_from_what_is_read_to_its_reader(tmp_path):
     assert "&lt;- cos, sin, positions" in layer and "&lt;- mask/seen" in layer
 
 
-def test_the_layers_of_smollm2_are_thirty_alike(tmp_path):
-    artifact = write_checkpoint(tmp_path / "smol", small_spec(**SMOLLM2))
+def test_thirty_layers_that_are_alike(tmp_path):
+    spec = small_spec(num_layers=30, windows=(None,) * 30, tie_embeddings=True)
+    artifact = write_checkpoint(tmp_path / "deep", spec)
     graph = graph_of(artifact)
     assert [len(run) for run in alike(graph.parts)] == [1, 30, 1]
     text = page(artifact, graph)
