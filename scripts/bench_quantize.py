@@ -120,6 +120,7 @@ def main() -> int:
     """Measure, print a table, write ``scripts/receipts/quantize_NAME.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, help="of them only so many: layers are quantized one at a time")
     parser.add_argument("--tokenizer", type=Path, required=True, help="checkpoint that lends its tokenizer")
     parser.add_argument("--checkpoint", type=Path, help="quantize this one instead of random weights")
     parser.add_argument("--text", type=Path, required=True)
@@ -136,15 +137,17 @@ def main() -> int:
     from trtllm_cli.evaluate.hardware import hardware
 
     options.work.mkdir(parents=True, exist_ok=True)
+    shapes = {**SHAPES[options.shapes], **({"num_layers": options.layers} if options.layers else {})}
     checkpoint = options.checkpoint or random_checkpoint(
-        SHAPES[options.shapes], options.tokenizer, options.work / "source", options.device
+        shapes, options.tokenizer, options.work / "source", options.device
     )
     size = sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors"))
     rows: dict[str, Any] = {}
     for method in options.methods:
         rows[method] = run(method, checkpoint, options)
         print(json.dumps({method: rows[method]}), flush=True)
-        model = "a checkpoint" if options.checkpoint else f"{options.shapes} shapes, random weights"
+        some = f", {options.layers} layers" if options.layers else ""
+        model = "a checkpoint" if options.checkpoint else f"{options.shapes} shapes{some}, random weights"
         receipt = {
             "what": f"quantizing {model}, with {options.rows} x {options.length} calibration tokens",
             "command": shlex.join(["python", "scripts/bench_quantize.py", *sys.argv[1:]]),
