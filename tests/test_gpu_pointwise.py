@@ -93,7 +93,7 @@ def test_gated(n: int, width: int, dtype: torch.dtype, activation: Any, gap: int
 def test_norm(n: int, width: int, dtype: torch.dtype, kind: Any, add: bool, offset: float, gap: int, type: Any) -> None:
     from trtllm_cli.ops.cuda import norms, pointwise_twin
 
-    n = min(n, 2**20 // width + 1)
+    n = min(n, 2**21 // width + 1)
     torch.manual_seed(0)
     x = random(n, width, dtype=dtype, gap=gap)
     residual = random(n, width, dtype=dtype, gap=gap) if add else None
@@ -115,6 +115,23 @@ def test_norm(n: int, width: int, dtype: torch.dtype, kind: Any, add: bool, offs
     assert_close(plain.out, wide)
     assert_quantized(token, wide, type)
     assert_quantized(static, wide, type, scale)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("width", [200, 512, 2048, 4096, 4104, 8192])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_plain_norm_of_many_tokens(dtype: torch.dtype, width: int, kind: Any) -> None:
+    """Kernels of their own: weights, nothing added, nothing quantized; and beside them a layer norm without a shift."""
+    from trtllm_cli.ops.cuda import norms, pointwise_twin
+
+    torch.manual_seed(0)
+    x, (gamma, beta) = random(700, width, dtype=dtype), random(2, width, dtype=dtype)
+    for shift in (beta, None) if kind == "layer" else (None,):
+        wide = None if shift is None else shift.double()
+        wanted = pointwise_twin.norm(x.double(), gamma.double(), wide, kind=kind, eps=1e-3).out
+        with guarded_allocations():
+            found = norms.norm(x, gamma, shift, kind=kind, eps=1e-3).out
+        assert_close(found, wanted)
 
 
 @gpu_examples

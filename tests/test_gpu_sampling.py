@@ -154,15 +154,16 @@ def test_argmax_takes_the_first_of_equals() -> None:
     from trtllm_cli.ops.cuda import sampling
 
     torch.manual_seed(4)
-    for dtype in (torch.bfloat16, torch.float32):
-        x = torch.randn(200, 128256, device="cuda").to(dtype)
+    for dtype, rows in ((torch.bfloat16, 200), (torch.float32, 200), (torch.bfloat16, 50), (torch.float32, 50)):
+        x = torch.randn(rows, 128256, device="cuda").to(dtype)
         top = x.max(dim=1, keepdim=True).values
         assert torch.equal(sampling.argmax(x).long(), (x == top).int().argmax(dim=1))
 
 
 @pytest.mark.parametrize("cluster", [0, 1, 2, 16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_argmax_of_odd_rows_and_what_marks_them(dtype: torch.dtype, cluster: int) -> None:
+@pytest.mark.parametrize("copies", [1, 5])
+def test_argmax_of_odd_rows_and_what_marks_them(copies: int, dtype: torch.dtype, cluster: int) -> None:
     from trtllm_cli.ops.cuda import sampling
 
     skip_where_refused(cluster)
@@ -175,13 +176,13 @@ def test_argmax_of_odd_rows_and_what_marks_them(dtype: torch.dtype, cluster: int
         x[5, -1] = torch.finfo(dtype).min
         x[6] = 0.0
         x[6, : vocab // 2] = -0.0
-        x = with_row_gap(x, 3)
-        steps = torch.zeros(9, dtype=torch.int32, device="cuda")
-        counts = torch.zeros(9, vocab, dtype=torch.int16, device="cuda")
+        x = with_row_gap(x.repeat(copies, 1), 3)
+        steps = torch.zeros(9 * copies, dtype=torch.int32, device="cuda")
+        counts = torch.zeros(9 * copies, vocab, dtype=torch.int16, device="cuda")
         with guarded_allocations():
             found = sampling.sample(x, counts, steps=steps, advance=True, cluster=cluster)
         wanted = (x == x.max(dim=1, keepdim=True).values).int().argmax(dim=1)
-        wanted[:4] = -1
+        wanted.view(copies, 9)[:, :4] = -1
         assert found.tolist() == wanted.tolist()
         assert steps.tolist() == (wanted >= 0).int().tolist()
         assert counts.nonzero().tolist() == [[i, token] for i, token in enumerate(found.tolist()) if token >= 0]

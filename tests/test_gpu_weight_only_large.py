@@ -26,8 +26,8 @@ from tests.test_gpu_weight_only import activations, agrees
 pytestmark = [pytest.mark.gpu, needs_gpu]
 DTYPES = [torch.bfloat16, torch.float16]
 PACKED = [kind for kind in KINDS if kind != "dense"]
-#: the portable kernel, the persistent one, every tile of the split kernel, and its ways to share and to split
-PORTABLE, PERSISTENT = 101, 102
+#: the portable kernel, every tile of the persistent and of the split one, and the ways the latter shares and splits
+PORTABLE, PERSISTENT = 101, [102, 103, 104]
 TILES = [4211, 5211, 6211, 4411, 5411, 6411, 7411]
 CLUSTERS = [4212, 4214, 4218, 4222, 5224, 6241, 6242, 6224, 6423, 7441, 7424, 7413, 5417]
 
@@ -48,7 +48,7 @@ def test_products_agree_with_the_twin(dtype: torch.dtype, kind: str, n: int, k: 
         agrees(activations(m, weight.k, dtype), weight)
 
 
-@pytest.mark.parametrize("tactic", [PORTABLE, PERSISTENT, *TILES])
+@pytest.mark.parametrize("tactic", [PORTABLE, *PERSISTENT, *TILES])
 @pytest.mark.parametrize("kind", ["int4 g128", "int4 g64", "int4 g32 zero", "int8", "fp8"])
 def test_every_kernel_agrees(kind: str, tactic: int) -> None:
     for dtype in DTYPES:
@@ -65,7 +65,7 @@ def test_every_cluster_agrees(kind: str, tactic: int) -> None:
         agrees(activations(m, weight.k, torch.bfloat16), weight, tactic=tactic)
 
 
-@pytest.mark.parametrize("tactic", [PORTABLE, PERSISTENT, 5414, 6222, 7412])
+@pytest.mark.parametrize("tactic", [PORTABLE, *PERSISTENT, 5414, 6222, 7412])
 @pytest.mark.parametrize("gate", ["none", "silu", "gelu", "gelu_tanh"])
 def test_bias_gate_and_residual(gate: str, tactic: int) -> None:
     for kind, m, n in (("int4 g32", 77, 1040), ("int8", 300, 784)):
@@ -122,7 +122,7 @@ def test_any_shape_with_anything_fused(
     agrees(with_row_gap(activations(m, weight.k, dtype, seed), wanted - weight.k), weight, **options)
 
 
-@pytest.mark.parametrize("tactic", [0, PORTABLE, PERSISTENT])
+@pytest.mark.parametrize("tactic", [0, PORTABLE, *PERSISTENT])
 @pytest.mark.parametrize("factor", [1e-8, 1e7])  # scales that float16 would lose
 def test_huge_and_tiny_scales(factor: float, tactic: int) -> None:
     weight = made_weight("int4 g128", 256, 512, torch.bfloat16, factor=factor)
@@ -164,7 +164,7 @@ def test_a_chain_with_programmatic_launch_gives_the_bits_of_one_without(m: int) 
         assert torch.equal(chain(x, True), wanted)
 
 
-@pytest.mark.parametrize("tactic", [0, PORTABLE, PERSISTENT])
+@pytest.mark.parametrize("tactic", [0, PORTABLE, *PERSISTENT])
 def test_an_output_between_canaries_that_is_its_residual(tactic: int) -> None:
     from trtllm_cli.ops.cuda import library, weight_only
 

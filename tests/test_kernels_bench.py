@@ -157,6 +157,12 @@ def test_a_receipt_is_named_after_its_gpu(gpu: str, name: str):
     assert receipt.file_name(gpu) == name
 
 
+def test_figures_are_written_with_six_digits(tmp_path: Path):
+    path = tmp_path / "receipt.json"
+    receipt.write(path, {"receipt": 1, "runs": {}, "rows": [{"us": 12.3456789, "sets": 12345678, "least": None}]})
+    assert receipt.read(path)["rows"] == [{"us": 12.3457, "sets": 12345678, "least": None}]
+
+
 def test_an_unfinished_write_leaves_the_receipt(tmp_path: Path):
     path = tmp_path / "receipt.json"
     receipt.write(path, {"receipt": 1, "runs": {}, "rows": []})

@@ -87,7 +87,7 @@ class Block {
 
     __device__ __forceinline__ void run() {
         if (p.pdl != 2) wait();
-        touch_pages();
+        touch_early();
         const int parts = (rows + S::kRows - 1) / S::kRows, pairs = p.kv_heads * parts;  // of a sequence
         const Deal deal(Units(p, S::kUnit), pairs, p.batch, gridDim.x);
         if (int(blockIdx.x) < deal.blocks) {
@@ -142,11 +142,16 @@ class Block {
     }
 
   private:
-    // A page table small enough is asked for while the lengths are on their way: what a block needs of it is then near.
-    __device__ __forceinline__ void touch_pages() const {
+    // Scales, and a page table small enough, are asked for while the lengths are on their way: what a block needs of
+    // them is then near.
+    __device__ __forceinline__ void touch_early() const {
+        const int i = int(threadIdx.x) * 8;  // 32 bytes come together
+        if (Cached<C>::kBytes == 1 && i < p.kv_heads) {
+            touch(p.k_scale + i);
+            touch(p.v_scale + i);
+        }
         const int columns = (p.max_length + p.page_size - 1) / p.page_size;
         if (int64_t(p.batch) * columns > S::kThreads * 8) return;
-        const int i = int(threadIdx.x) * 8;
         if (i < p.batch * columns) touch(p.page_table + i / columns * p.page_table_stride + i % columns);
     }
 
@@ -397,7 +402,7 @@ class Block {
 
     // The parts of a pair, added in the order of the keys, kAtOnce of them on their way at a time.
     __device__ __forceinline__ void combine(const Owed& what) const {
-        constexpr int kAtOnce = S::kResident > 2 ? 8 : 16;
+        constexpr int kAtOnce = S::kResident > 2 ? kPartsAtOnce / 2 : kPartsAtOnce;
         const Job& job = what.job;
         const int first = what.first, count = what.count, here = min(S::kRows, rows - job.row);
         for (int i = threadIdx.x; i < here * (D / 4); i += S::kThreads) {

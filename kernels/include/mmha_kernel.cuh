@@ -18,6 +18,7 @@ namespace trtllm::mmha {
 constexpr int kKeys = 16;  // a warp's step
 constexpr int kMaxStages = 6;
 constexpr int kMaxBlocks = 4096;
+constexpr int kPartsAtOnce = 16;  // of a pair, that whoever puts it together has on their way
 constexpr int kOwedBytes = 48;  // of shared memory, for what a block puts together in the end
 constexpr float kLog2e = 1.4426950408889634f;
 

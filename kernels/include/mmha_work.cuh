@@ -94,7 +94,7 @@ struct Deal {
 };
 
 // Into L1, without a wait.
-__device__ __forceinline__ void touch(const int32_t* from) {
+__device__ __forceinline__ void touch(const void* from) {
     [[maybe_unused]] int unused;
     asm volatile("ld.global.ca.b32 %0, [%1];" : "=r"(unused) : "l"(from));
 }

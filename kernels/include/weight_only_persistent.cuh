@@ -1,9 +1,11 @@
-// Weight-only products of many tokens on Hopper: tiles of 128 rows of weights x 256 tokens, one block a multiprocessor that
-// works through its share of them, in clusters of two which have the tokens of a tile in common.
+// Weight-only products of many tokens on Hopper: tiles of 128 rows of weights x 256 tokens, or 128 x 128 and 192 x 128
+// where the large ones would leave multiprocessors idle; one block a multiprocessor that works through its share of
+// them, in clusters of two which have the tokens of a tile in common.
 //
-// Each of two consumer warpgroups turns 64 rows of weights into the first operand of wgmma in registers, four steps of 16
-// inputs ahead of the products in flight; with 256 tokens a product, conversion takes a small part of the time the matrix
-// unit does. Tokens come as swizzled boxes of 64 inputs, half of them copied by either block of the cluster for both.
+// Each consumer warpgroup turns 64 rows of weights into the first operand of wgmma in registers, four steps of 16
+// inputs ahead of the products in flight; with so many tokens a product, conversion takes a small part of the time the
+// matrix unit does. Tokens come as swizzled boxes of 64 inputs, half of them copied by either block of the cluster for
+// both.
 #pragma once
 
 #include "weight_only_tensor_launch.hpp"
@@ -12,21 +14,27 @@
 
 namespace trtllm::weight_only {
 
-template <Weight kWeight>
+template <Weight kWeight, int Groups, int Tokens>
 struct PersistentShape {
-    static constexpr int kRows = 128;
-    static constexpr int kTokens = 256;
+    static constexpr int kGroups = Groups;  // consumer warpgroups, of 64 rows each
+    static constexpr int kRows = 64 * kGroups;
+    static constexpr int kStripes = kRows / 16;
+    static constexpr int kWarps = 4 * kGroups;  // that consume
+    static constexpr int kTokens = Tokens;
     static constexpr int kShare = 2;
-    static constexpr int kThreads = 384;
+    static constexpr int kThreads = 128 * (kGroups + 1);
+    static constexpr int kProducerRegisters = 40;
+    static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : 152;
     static constexpr int kTokenGroup = 4;  // tiles of tokens that the whole grid works on at a time: they stay in L2
-    static constexpr int kTokenSlots = kWeight == Weight::kInt4 ? 5 : 4;
-    static constexpr int kWeightSlots = 3;
+    static constexpr int kTokenSlots = kTokens == 128 ? (kGroups == 2 ? 8 : 6) : kWeight == Weight::kInt4 ? 5 : 4;
+    static constexpr int kWeightSlots = kTokens == 128 && kGroups == 2 ? 4 : 3;
     static constexpr int kTokenBytes = kTokens * 128;
     // int4 in groups of 32 with zeros; 8 bits
-    static constexpr int kWeightSlotBytes = kWeight == Weight::kInt4 ? 10240 : 16384;
+    static constexpr int kWeightSlotBytes = kStripes * (kWeight == Weight::kInt4 ? 1280 : 2048);
     static constexpr int kPassTokens = 128;  // written at a time by a warpgroup
     static constexpr int kStagingBytes = kPassTokens * 128;
-    static constexpr int kShared = 2048 + kTokenSlots * kTokenBytes + kWeightSlots * kWeightSlotBytes + 2 * kStagingBytes;
+    static constexpr int kShared =
+        2048 + kTokenSlots * kTokenBytes + kWeightSlots * kWeightSlotBytes + kGroups * kStagingBytes;
     static_assert(kShared <= 227 * 1024, "more shared memory than a block may have");
 };
 
@@ -44,21 +52,22 @@ struct TileAt {
 // The sums of a warpgroup (64 rows x 256 tokens) to memory, through `staging`: rows are neighbours in the output, and a
 // thread holds tokens that are neighbours.
 template <typename T, typename Shape>
-__device__ __forceinline__ void write_sums(const TensorArguments& a, float (&sums)[128], const float (&factor)[2],
-                                           const float (&bias)[2], int token0, int row0, unsigned char* staging, int group) {
+__device__ __forceinline__ void write_sums(const TensorArguments& a, float (&sums)[Shape::kTokens / 2],
+                                           const float (&factor)[2], const float (&bias)[2], int token0, int row0,
+                                           unsigned char* staging, int group) {
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     const int shift = a.gate ? 2 : 3;  // log2 of the 16-byte pieces of a token's outputs here
     const int column0 = a.gate ? row0 / 2 : row0;
     const T* residual = static_cast<const T*>(a.residual);
 #pragma unroll
-    for (int i = 0; i < 64; ++i) {
+    for (int i = 0; i < Shape::kTokens / 4; ++i) {
         const int row = i % 2;
         sums[2 * i] = sums[2 * i] * factor[row] + bias[row];
         sums[2 * i + 1] = sums[2 * i + 1] * factor[row] + bias[row];
     }
     if (a.gate) {
 #pragma unroll
-        for (int j = 0; j < 32; ++j) {
+        for (int j = 0; j < Shape::kTokens / 8; ++j) {
             sums[4 * j] = gated(a.gate, sums[4 * j], sums[4 * j + 2]);
             sums[4 * j + 1] = gated(a.gate, sums[4 * j + 1], sums[4 * j + 3]);
         }
@@ -137,12 +146,12 @@ __device__ __forceinline__ void write_sums(const TensorArguments& a, float (&sum
     }
 }
 
-template <typename T, Weight kWeight>
-__global__ void __launch_bounds__(PersistentShape<kWeight>::kThreads, 1)
+template <typename T, Weight kWeight, int kGroups, int kTileTokens>
+__global__ void __launch_bounds__(PersistentShape<kWeight, kGroups, kTileTokens>::kThreads, 1)
     persistent_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
                       const __grid_constant__ TensorArguments a, int token_tiles, int row_pairs) {
 #ifdef TRTLLM_SM90A
-    using Shape = PersistentShape<kWeight>;
+    using Shape = PersistentShape<kWeight, kGroups, kTileTokens>;
     extern __shared__ unsigned char raw[];
     unsigned char* base = raw + ((1024 - (ptx::shared_address(raw) & 1023)) & 1023);
     uint64_t* tokens_full = reinterpret_cast<uint64_t*>(base);
@@ -160,19 +169,19 @@ __global__ void __launch_bounds__(PersistentShape<kWeight>::kThreads, 1)
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shape::kTokenSlots; ++i) {
             ptx::barrier_init(tokens_full + i, 1);
-            ptx::barrier_init(tokens_empty + i, 8 * Shape::kShare);
+            ptx::barrier_init(tokens_empty + i, Shape::kWarps * Shape::kShare);
         }
         for (int i = 0; i < Shape::kWeightSlots; ++i) {
             ptx::barrier_init(weights_full + i, 1);
-            ptx::barrier_init(weights_empty + i, 8);
+            ptx::barrier_init(weights_empty + i, Shape::kWarps);
         }
         ptx::barrier_init_fence();
     }
     cluster_sync();
 
-    if (group == 2) {
-        give_registers<40>();
-        if (threadIdx.x == 256) {
+    if (group == kGroups) {
+        give_registers<Shape::kProducerRegisters>();
+        if (threadIdx.x == 128 * kGroups) {
             prefetch_map(x_map);
             prefetch_map(weight_map);
             int slot = 0, parity = 1, weight_slot = 0, weight_parity = 1;
@@ -182,7 +191,7 @@ __global__ void __launch_bounds__(PersistentShape<kWeight>::kThreads, 1)
                 const int stripe = (tile.row + rank * Shape::kRows) / 16, token = tile.token + rank * (Shape::kTokens / 2);
                 for (int i = 0; i < a.stages; ++i) {
                     wait(weights_empty + weight_slot, weight_parity);
-                    ptx::barrier_expect(weights_full + weight_slot, uint32_t(8 * a.stripe_bytes));
+                    ptx::barrier_expect(weights_full + weight_slot, uint32_t(Shape::kStripes * a.stripe_bytes));
                     copy_box(weight_ring + weight_slot * Shape::kWeightSlotBytes, weight_map, i * (a.stripe_bytes / 8), stripe,
                              weights_full + weight_slot, kEvictFirst);
                     if (++weight_slot == Shape::kWeightSlots) weight_slot = 0, weight_parity ^= 1;
@@ -203,7 +212,7 @@ __global__ void __launch_bounds__(PersistentShape<kWeight>::kThreads, 1)
         __syncwarp();
         cluster_sync();
     } else {
-        take_registers<232>();
+        take_registers<Shape::kConsumerRegisters>();
         if (a.pdl) ptx::wait_for_previous_kernel();
         float sums[Shape::kTokens / 2];
         uint32_t fragments[2][4][4];
@@ -258,12 +267,12 @@ __global__ void __launch_bounds__(PersistentShape<kWeight>::kThreads, 1)
 #endif
 }
 
-template <typename T, Weight kWeight>
-cudaError_t launch_persistent(const HopperLaunch& l) {
-    using Shape = PersistentShape<kWeight>;
+template <typename T, Weight kWeight, int kGroups, int kTileTokens>
+cudaError_t launch_persistent_tile(const HopperLaunch& l) {
+    using Shape = PersistentShape<kWeight, kGroups, kTileTokens>;
     static unsigned long long done_devices = 0;
-    const cudaError_t code = allow_shared(reinterpret_cast<const void*>(persistent_kernel<T, kWeight>), Shape::kShared,
-                                          done_devices);
+    const auto kernel = persistent_kernel<T, kWeight, kGroups, kTileTokens>;
+    const cudaError_t code = allow_shared(reinterpret_cast<const void*>(kernel), Shape::kShared, done_devices);
     if (code != cudaSuccess) return code;
     cudaLaunchAttribute attributes[2];
     attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -278,8 +287,15 @@ cudaError_t launch_persistent(const HopperLaunch& l) {
     config.stream = l.stream;
     config.attrs = attributes;
     config.numAttrs = l.arguments->pdl ? 2 : 1;
-    return cudaLaunchKernelEx(&config, persistent_kernel<T, kWeight>, *l.x_map, *l.weight_map, *l.arguments,
-                              int(l.plan.token_tiles), int(l.row_tiles / Shape::kShare));
+    return cudaLaunchKernelEx(&config, kernel, *l.x_map, *l.weight_map, *l.arguments, int(l.plan.token_tiles),
+                              int(l.row_tiles / Shape::kShare));
+}
+
+template <typename T, Weight kWeight>
+cudaError_t launch_persistent(const HopperLaunch& l) {
+    if (l.tokens == 256) return launch_persistent_tile<T, kWeight, 2, 256>(l);
+    if (l.groups == 3) return launch_persistent_tile<T, kWeight, 3, 128>(l);
+    return launch_persistent_tile<T, kWeight, 2, 128>(l);
 }
 
 }  // namespace trtllm::weight_only

@@ -68,15 +68,25 @@ __global__ void __launch_bounds__(SplitShape<kTokens, kGroups>::kThreads, SplitS
     const int count = int(int64_t(a.stages) * (part + 1) / plan.split) - first;
     const int slot_bytes = Shape::slot_bytes(a.stripe_bytes), slots = Shape::slots(a.stripe_bytes);
 
-    if (threadIdx.x == 0) {
+    const int early = count < slots ? count : slots;
+    const auto copy_weights = [&](int i, int slot) {
+        ptx::barrier_expect(full + slot, uint32_t(Shape::kTokenBytes + Shape::kStripes * a.stripe_bytes));
+        copy_box(ring + slot * slot_bytes + Shape::kTokenBytes, weight_map, (first + i) * (a.stripe_bytes / 8),
+                 row0 / 16, full + slot, kEvictFirst);
+    };
+    if (threadIdx.x == Shape::kConsumers) {
+        prefetch_map(weight_map);
+        prefetch_map(x_map);
         for (int i = 0; i < slots; ++i) {
             ptx::barrier_init(full + i, 1);
             ptx::barrier_init(empty + i, 4 * kGroups * plan.share);
         }
         ptx::barrier_init_fence();
+        // weights do not depend on the kernel before this one, and come to this block alone: nobody need be waited for
+        for (int i = 0; i < early; ++i) copy_weights(i, i);
     }
-    if (cluster_size > 1) {
-        cluster_sync();
+    if (plan.share > 1) {
+        cluster_sync();  // other blocks copy into this one and arrive at its barriers
     } else {
         __syncthreads();
     }
@@ -84,15 +94,8 @@ __global__ void __launch_bounds__(SplitShape<kTokens, kGroups>::kThreads, SplitS
     if (warp >= Shape::kConsumers / 32) {
         give_registers<Shape::kProducerRegisters>();
         if (threadIdx.x == Shape::kConsumers) {
-            prefetch_map(x_map);
-            prefetch_map(weight_map);
             const int share_tokens = kTokens / plan.share;
             const uint16_t mask = uint16_t(((1 << plan.share) - 1) << (part * plan.share));
-            const auto copy_weights = [&](int i, int slot) {
-                ptx::barrier_expect(full + slot, uint32_t(Shape::kTokenBytes + Shape::kStripes * a.stripe_bytes));
-                copy_box(ring + slot * slot_bytes + Shape::kTokenBytes, weight_map, (first + i) * (a.stripe_bytes / 8),
-                         row0 / 16, full + slot, kEvictFirst);
-            };
             const auto copy_tokens = [&](int i, int slot) {
                 unsigned char* to = ring + slot * slot_bytes + sharer * share_tokens * 128;
 #pragma unroll
@@ -106,10 +109,10 @@ __global__ void __launch_bounds__(SplitShape<kTokens, kGroups>::kThreads, SplitS
                     }
                 }
             };
-            // weights do not depend on the kernel before this one
-            const int early = count < slots ? count : slots;
-            for (int i = 0; i < early; ++i) copy_weights(i, i);
-            if (a.pdl) ptx::wait_for_previous_kernel();
+            if (a.pdl) {
+                ptx::let_next_kernel_start();
+                ptx::wait_for_previous_kernel();
+            }
             for (int i = 0; i < early; ++i) copy_tokens(i, i);
             int slot = 0, parity = 0;
             for (int i = early; i < count; ++i) {
@@ -118,7 +121,6 @@ __global__ void __launch_bounds__(SplitShape<kTokens, kGroups>::kThreads, SplitS
                 copy_tokens(i, slot);
                 if (++slot == slots) slot = 0, parity ^= 1;
             }
-            if (a.pdl) ptx::let_next_kernel_start();
         }
         __syncwarp();
         // the consumers' two: sums written, sums read
@@ -129,7 +131,9 @@ __global__ void __launch_bounds__(SplitShape<kTokens, kGroups>::kThreads, SplitS
     } else {
         take_registers<Shape::kConsumerRegisters>();
         constexpr int kBatch = Shape::batch(kWeight), kBatches = 8 / kBatch;
-        float sums[kTokens / 2];
+        // with few tokens a product waits for the one before it longer than it takes: two chains of sums
+        constexpr int kChains = kTokens <= 32 && kWeight == Weight::kInt4 ? 2 : 1;
+        float sums[kChains][kTokens / 2];
         uint32_t fragments[2][kBatch][4];
         StripeTile<T, kWeight> tile;
         int slot = 0, parity = 0, before = 0;
@@ -152,7 +156,8 @@ __global__ void __launch_bounds__(SplitShape<kTokens, kGroups>::kThreads, SplitS
 #pragma unroll
                 for (int s = 0; s < kBatch; ++s) {
                     const int at = kWhich * kBatch + s;
-                    Wgmma<T, kTokens>::run(sums, f[s], tokens + at / 4 * (kTokens * 128 / 16) + at % 4 * 2, i + at > 0);
+                    Wgmma<T, kTokens>::run(sums[s % kChains], f[s], tokens + at / 4 * (kTokens * 128 / 16) + at % 4 * 2,
+                                           i > 0 || at >= kChains);
                 }
                 wgmma_commit();
                 wgmma_wait<1>();
@@ -166,17 +171,22 @@ __global__ void __launch_bounds__(SplitShape<kTokens, kGroups>::kThreads, SplitS
             if (++slot == slots) slot = 0, parity ^= 1;
         }
         wgmma_wait<0>();
-        pin(sums);
+#pragma unroll
+        for (int c = 0; c < kChains; ++c) pin(sums[c]);
+        if constexpr (kChains == 2) {
+#pragma unroll
+            for (int j = 0; j < kTokens / 2; ++j) sums[0][j] += sums[1][j];
+        }
         // every block's copies into this one have arrived (it waited for each), so the ring can hold the sums
         ptx::named_barrier_sync<Shape::kConsumers>(1);
         float* to = reinterpret_cast<float*>(ring) + warp * 16 + lane / 4;
 #pragma unroll
         for (int j = 0; j < kTokens / 8; ++j) {
             float* at = to + (8 * j + lane % 4 * 2) * Shape::kPitch;
-            at[0] = sums[4 * j];
-            at[Shape::kPitch] = sums[4 * j + 1];
-            at[8] = sums[4 * j + 2];
-            at[Shape::kPitch + 8] = sums[4 * j + 3];
+            at[0] = sums[0][4 * j];
+            at[Shape::kPitch] = sums[0][4 * j + 1];
+            at[8] = sums[0][4 * j + 2];
+            at[Shape::kPitch + 8] = sums[0][4 * j + 3];
         }
 
         if (cluster_size > 1) {

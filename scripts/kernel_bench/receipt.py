@@ -55,7 +55,7 @@ def write(path: Path, receipt: dict[str, Any]) -> None:
     """Complete or not at all: a run that is cut short keeps what was there."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(_rounded(receipt), indent=1) + "\n", encoding="utf-8")
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -91,6 +91,15 @@ def join(receipt: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         newer = [row for row in theirs if ours.get((row["family"], row["case"]), "") <= name]
         receipt = merge(receipt, name, other["runs"][name], newer)
     return receipt
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits of every float, which is more than a measurement has."""
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _version(package: str) -> str | None:

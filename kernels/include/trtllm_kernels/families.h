@@ -6,6 +6,7 @@
 #include "w8a8.h"
 #include "fmha.h"
 #include "mmha.h"
+#include "decode_layer.h"
 #include "pointwise.h"
 #include "sampling.h"
 

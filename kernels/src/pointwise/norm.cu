@@ -39,10 +39,32 @@ __device__ __forceinline__ float2 moments(float sum, int count, float width, con
     return {mean, over_warp<Sum>(part.z + part.x * off * off)};
 }
 
+// What a kernel knows of its parameters when it is compiled: that leaves registers for more rows at a time. A plain norm
+// has its weights, no residual, and a result of x's type.
+enum class Known { kNothing, kPlainRms, kPlainLayer };
+
+inline Known known_of(const trtllm_norm_params& p) {
+    if (p.gamma == nullptr || p.residual != nullptr || p.residual_out != nullptr || is_8bit(p.out_dtype)) {
+        return Known::kNothing;
+    }
+    if (p.kind == 0 && p.beta == nullptr) return Known::kPlainRms;
+    return p.kind == 1 && p.beta != nullptr ? Known::kPlainLayer : Known::kNothing;
+}
+
 // Threads, at most, and blocks of so many together on a multiprocessor: where there are many tokens, several blocks, of
 // which some load while others wait at their barriers.
-template <typename T, int V, int N, int Threads, int Blocks>
-__global__ void __launch_bounds__(Threads, Blocks) norm_kernel(const __grid_constant__ trtllm_norm_params p) {
+template <typename T, int V, int N, int Threads, int Blocks, Known K = Known::kNothing>
+__global__ void __launch_bounds__(Threads, Blocks) norm_kernel(const __grid_constant__ trtllm_norm_params given) {
+    trtllm_norm_params p = given;
+    if constexpr (K != Known::kNothing) {
+        p.residual = p.residual_out = nullptr;
+        p.static_scale = nullptr;
+        p.token_scales = nullptr;
+        p.out_dtype = p.dtype;
+        p.kind = K == Known::kPlainLayer;
+        if (K == Known::kPlainRms) p.beta = nullptr;
+        if (p.gamma == nullptr || (K == Known::kPlainLayer && p.beta == nullptr)) __builtin_unreachable();
+    }
     __shared__ Scratch scratch;
     const int64_t row = blockIdx.x * int64_t(blockDim.y) + threadIdx.y;
     // a row of a block of several is one warp's, which meets no barrier
@@ -224,7 +246,7 @@ void launch_norm(const trtllm_norm_params& p, cudaStream_t stream) {
     if (p.kind == 2 && p.residual == nullptr && p.residual_out == nullptr && is_8bit(p.out_dtype) && fits) {
         if (launch_quantize<T>(p, stream)) return;
     }
-    const RowShape shape = row_shape(p.tokens, fits ? p.width / V : p.width, fits ? kWidest : 1024);
+    const RowShape shape = row_shape(p.tokens, fits ? p.width / V : p.width, fits ? kWidest : 1024, 128);
     const unsigned threads = shape.block.x * shape.block.y;
     const bool many = p.tokens > 2 * multiprocessors() && threads <= 256;
     constexpr int kBlocks = std::is_same_v<T, __half> ? 4 : 5;  // as many as leave registers enough
@@ -232,7 +254,21 @@ void launch_norm(const trtllm_norm_params& p, cudaStream_t stream) {
     if (fits && shape.vectors == 1) kernel = many ? norm_kernel<T, V, 1, 256, kBlocks> : norm_kernel<T, V, 1, 1024, 1>;
     if (fits && shape.vectors == 2) kernel = many ? norm_kernel<T, V, 2, 256, kBlocks> : norm_kernel<T, V, 2, 1024, 1>;
     if (fits && shape.vectors == 4) {
-        kernel = threads <= 448 ? norm_kernel<T, V, 4, 448, 2> : norm_kernel<T, V, 4, kWidest, 1>;
+        kernel = many && threads <= 128 ? norm_kernel<T, V, 4, 128, 7>
+                 : threads <= 448       ? norm_kernel<T, V, 4, 448, 2>
+                                        : norm_kernel<T, V, 4, kWidest, 1>;
+    }
+    const Known known = known_of(p);
+    if (fits && many && threads <= 128 && known != Known::kNothing) {
+        const bool rms = known == Known::kPlainRms;
+        if (shape.vectors == 2) {
+            kernel = rms ? norm_kernel<T, V, 2, 128, 12, Known::kPlainRms>
+                         : norm_kernel<T, V, 2, 128, 10, Known::kPlainLayer>;
+        }
+        if (shape.vectors == 4) {
+            kernel = rms ? norm_kernel<T, V, 4, 128, 10, Known::kPlainRms>
+                         : norm_kernel<T, V, 4, 128, 10, Known::kPlainLayer>;
+        }
     }
     if (!fits && shape.vectors != 0) kernel = norm_kernel<T, 1, 4, 1024, 1>;
     launch(kernel, p, shape.grid, shape.block, stream, p.pdl != 0);

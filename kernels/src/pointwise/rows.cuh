@@ -13,15 +13,16 @@ struct RowShape {
 };
 
 /// For rows of `count` vectors; no more than `widest` threads of four vectors. One token wants as many threads as
-/// vectors, many want several vectors a thread, so that more bytes are in flight for each wait at a barrier.
-inline RowShape row_shape(int64_t tokens, int64_t count, int widest = 1024) {
+/// vectors, many want several vectors a thread, so that more bytes are in flight for each wait at a barrier: as many as
+/// leave `few` threads a row.
+inline RowShape row_shape(int64_t tokens, int64_t count, int widest = 1024, int few = 256) {
     RowShape shape = {};
     int threads;
     if (count <= 128) {
         threads = 32;
         shape.vectors = count <= 32 ? 1 : count <= 64 ? 2 : 4;
     } else {
-        const int64_t most = tokens > 2 * multiprocessors() ? 256 : 1024;
+        const int64_t most = tokens > 2 * multiprocessors() ? few : 1024;
         shape.vectors = count <= most ? 1 : count <= 2 * most ? 2 : count <= 4 * widest ? 4 : 0;
         threads = shape.vectors == 0 ? 1024 : int((count + 32 * shape.vectors - 1) / (32 * shape.vectors)) * 32;
     }

@@ -41,9 +41,11 @@ struct alignas(16) LogitPack {
     }
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 3) argmax_kernel(const __grid_constant__ trtllm_sampling_params p) {
-    constexpr int V = 16 / int(sizeof(T)), kAhead = 4;
+// `Ahead` vectors of each thread are on their way together: the more, the fewer blocks an SM holds.
+template <typename T, int Ahead>
+__global__ void __launch_bounds__(kThreads, Ahead > 4 ? 2 : 3)
+    argmax_kernel(const __grid_constant__ trtllm_sampling_params p) {
+    constexpr int V = 16 / int(sizeof(T));
     __shared__ Found warps[kWarps];
     const int ranks = p.cluster, row = int(blockIdx.x) / ranks, rank = int(blockIdx.x) % ranks;
 #if __CUDA_ARCH__ >= 900
@@ -76,14 +78,14 @@ __global__ void __launch_bounds__(kThreads, 3) argmax_kernel(const __grid_consta
         best = float(logits[where]);
     }
     const LogitPack<T, V>* packs = reinterpret_cast<const LogitPack<T, V>*>(logits + head) + first;
-    for (int begin = int(threadIdx.x); begin < vectors; begin += kAhead * kThreads) {
-        LogitPack<T, V> raw[kAhead];
+    for (int begin = int(threadIdx.x); begin < vectors; begin += Ahead * kThreads) {
+        LogitPack<T, V> raw[Ahead];
 #pragma unroll
-        for (int n = 0; n < kAhead; ++n) {
+        for (int n = 0; n < Ahead; ++n) {
             if (begin + n * kThreads < vectors) raw[n] = packs[begin + n * kThreads];
         }
 #pragma unroll
-        for (int n = 0; n < kAhead; ++n) {
+        for (int n = 0; n < Ahead; ++n) {
             if (begin + n * kThreads >= vectors) continue;
             float top = raw[n].at(0);
 #pragma unroll

@@ -66,8 +66,12 @@ cudaError_t launch(trtllm_sampling_params p, cudaStream_t stream) {
     const bool penalties = p.repetition != nullptr || p.frequency != nullptr || p.presence != nullptr;
     const bool greedy = p.temperature == nullptr && !penalties;
     if (p.cluster == 0) p.cluster = blocks_of(p, greedy);
-    if (greedy) return launch_on(argmax_kernel<T>, 0, stream, p);
     constexpr int V = 16 / int(sizeof(T));
+    if (greedy) {
+        // as many rows as leave a block alone on its SM want more of them on their way
+        const bool alone = p.batch > 32 && p.batch * p.cluster <= multiprocessors();
+        return launch_on(alone ? argmax_kernel<T, V == 4 ? 8 : 6> : argmax_kernel<T, 4>, 0, stream, p);
+    }
     // a row that does not start at 16 bytes has up to V - 1 slots before it
     const int a_block = (p.vocab + V - 1 + p.cluster - 1) / p.cluster;
     const int slots = (a_block + kListed - 1) / kListed * kListed;

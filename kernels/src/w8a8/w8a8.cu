@@ -58,7 +58,8 @@ int choose(const trtllm_w8a8_params& p, int capability, int multiprocessors) {
         const double filled = double(large) / double(ceil_div(large, clusters) * clusters);
         if (large >= clusters * 3 / 4 || filled > 0.7) return kPersistent;
     }
-    const int rows = p.m <= 32 ? 64 : 128;
+    // more and smaller blocks where those of 128 rows would leave multiprocessors idle
+    const int rows = p.m <= 32 || (p.m <= 64 && ceil_div(p.n, 128) < multiprocessors) ? 64 : 128;
     const int cols = p.m <= 8 ? 8 : p.m <= 16 ? 16 : p.m <= 32 ? 32 : p.m <= 64 ? 64 : 128;
     // enough blocks to keep every multiprocessor's memory pipe full, none with too short a share of K
     const int64_t tiles = ceil_div(p.n, rows) * ceil_div(p.m, cols);

@@ -6,6 +6,7 @@
 
 #include "registry.hpp"
 #include "weight_only.hpp"
+#include "weight_only_choice.hpp"
 #include "weight_only_tensor_launch.hpp"
 #include "weight_only_tile.cuh"
 
@@ -76,76 +77,21 @@ TensorArguments arguments_of(const trtllm_weight_only_gemm_params& p) {
     return a;
 }
 
-// Which kernel serves, and how. As a tactic: 100 by size; 101 the portable kernel; 102 the persistent one;
-// 1000 log2(tokens) + 100 groups + 10 share + split, a tile and a cluster of split_kernel.
-enum class Kernel { kPortable, kPersistent, kSplit };
-struct Choice {
-    Kernel kernel;
-    int tokens, groups, share, split;
-};
-
-bool read_tactic(int tactic, Choice* c) {
-    if (tactic == 101) {
-        *c = {Kernel::kPortable, 0, 0, 0, 0};
-        return true;
-    }
-    if (tactic == 102) {
-        *c = {Kernel::kPersistent, 0, 0, 0, 0};
-        return true;
-    }
-    const int log = tactic / 1000;
-    *c = {Kernel::kSplit, log < 16 ? 1 << log : 0, tactic / 100 % 10, tactic / 10 % 10, tactic % 10};
-    if (c->tokens < 16 || c->tokens > 128 || (c->groups != 2 && c->groups != 4)) return false;
-    if (c->tokens == 128 && c->groups == 2) return false;
-    if ((c->share != 1 && c->share != 2 && c->share != 4) || c->split < 1 || c->share * c->split > 8) return false;
-    return c->tokens / c->share >= 8;
-}
-
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
-// The cheapest tiling by a model in clock cycles of one multiprocessor: a stage costs the longer of what the matrix unit
-// and the memory take, and every wave of blocks its start and end. Constants fitted to measurements on an H100.
-Choice by_size(const trtllm_weight_only_gemm_params& p, int sms) {
-    constexpr double kCopy = 14.0;  // bytes of weights a cycle, a multiprocessor's share of the memory
-    const TensorArguments a = arguments_of(p);
-    const int longest = a.stages;
-    Choice best = {Kernel::kSplit, 128, 4, 1, 1};
-    double least = 1e300;
-    const auto consider = [&](const Choice& c, double cost) {
-        if (cost < least) least = cost, best = c;
-    };
-    const int64_t tokens_to_cover = p.m;
-    for (int tokens = 16; tokens <= 128; tokens *= 2) {
-        if (tokens < 128 && tokens < tokens_to_cover) continue;
-        const int groups = 4, share = 1;
-        const int token_tiles = ceil_div(p.m, tokens), row_tiles = ceil_div(ceil_div(p.n, 64 * groups), share) * share;
-        const double products = 64.0 * groups * tokens * kStageDepth / 2048 * 1.15;
-        const double copies = 4.0 * groups * a.stripe_bytes / kCopy;
-        for (int split = 1; split * share <= 8 && split <= longest; ++split) {
-            const double rounds = ceil_div(int64_t(row_tiles) * token_tiles * split, sms);
-            const double end = 1500.0 + 16.0 * tokens + (split > 1 ? 800.0 : 0.0);
-            consider({Kernel::kSplit, tokens, groups, share, split},
-                     rounds * (ceil_div(longest, split) * std::max(products, copies) + end));
-        }
-    }
-    const double rounds = ceil_div(int64_t(ceil_div(p.m, 256)) * ceil_div(p.n, 256), sms / 2);
-    consider({Kernel::kPersistent, 256, 2, 2, 1}, rounds * (longest * 2048.0 * 1.08 + 2500.0) + 1500.0);
-    return best;
-}
-
-Choice choice_of(const trtllm_weight_only_gemm_params& p, int compute_capability, int sms) {
+Choice choice_of(const trtllm_weight_only_gemm_params& p, int compute_capability) {
     Choice c = {Kernel::kPortable, 0, 0, 0, 0};
     // code for 9.0 is built with Hopper's own instructions (90a); other GPUs lack wgmma
     if (compute_capability != 90 || p.tactic == 101) return c;
     if (p.tactic > 100 && read_tactic(p.tactic, &c)) return c;
-    return by_size(p, sms);
+    return by_size(p);
 }
 
 cudaError_t hopper(const trtllm_weight_only_gemm_params& p, const TensorArguments& a, const Choice& c, int sms,
                    cudaStream_t stream) {
     const bool persistent = c.kernel == Kernel::kPersistent;
-    const int tile_tokens = persistent ? 256 : c.tokens, rows = persistent ? 128 : 64 * c.groups;
-    const int share = persistent ? 2 : c.share;
+    const int tile_tokens = c.tokens, rows = 64 * c.groups;
+    const int share = c.share;
     CUtensorMap x_map, weight_map;
     const MapOf wide = {CU_TENSOR_MAP_DATA_TYPE_UINT16, CU_TENSOR_MAP_SWIZZLE_128B, 2};
     // eight bytes an element: a box is at most 256 of them wide, and a stripe of a stage has up to 2048 bytes
@@ -164,7 +110,7 @@ cudaError_t hopper(const trtllm_weight_only_gemm_params& p, const TensorArgument
     l.arguments = &a;
     l.plan = {share, persistent ? 1 : std::min(c.split, int(a.stages)), ceil_div(p.m, tile_tokens)};
     l.tokens = tile_tokens;
-    l.groups = persistent ? 2 : c.groups;
+    l.groups = c.groups;
     l.row_tiles = ceil_div(ceil_div(p.n, rows), share) * share;
     l.blocks = std::min(sms / 2, l.row_tiles / 2 * l.plan.token_tiles) * 2;
     l.half = p.dtype == TRTLLM_FLOAT16;
@@ -206,7 +152,7 @@ int64_t tensor_cores_workspace_bytes(const trtllm_weight_only_gemm_params&) { re
 cudaError_t tensor_cores(const trtllm_weight_only_gemm_params& p, cudaStream_t stream) {
     const TensorArguments a = arguments_of(p);
     const int sms = multiprocessors();
-    const Choice c = choice_of(p, compute_capability(), sms);
+    const Choice c = choice_of(p, compute_capability());
     cudaError_t code;
     if (c.kernel == Kernel::kPortable) {
         const int64_t row_bytes =
