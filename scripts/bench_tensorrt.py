@@ -16,10 +16,12 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import json
 import shlex
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
@@ -75,8 +77,15 @@ def main() -> int:
     one = commands.add_parser("summary", help="tables of a receipt")
     one.add_argument("receipt", type=Path)
     options = parser.parse_args()
+    one = commands.add_parser("merge", help="other receipts' newer rows into one")
+    one.add_argument("receipt", type=Path)
+    one.add_argument("other", type=Path, nargs="+")
+    one = commands.add_parser("profile", help="(what `measure` runs for --only layers)")
+    one.add_argument("engine", type=Path)
+    one.add_argument("--batch", type=int, required=True)
     run: dict[str, Callable[[argparse.Namespace], int]] = {
         "prepare": _prepare, "shapes": _shapes, "measure": _measure, "reference": _reference, "summary": _summary,
+        "merge": _merge, "profile": _profile,
     }  # fmt: skip
     return run[options.command](options)
 
@@ -140,7 +149,7 @@ def _measure(options: argparse.Namespace) -> int:
     gpu = torch.cuda.get_device_name() if on_gpu else "reference"
     out = options.out or RECEIPTS / f"tensorrt_{gpu.split()[-1].lower()}.json"
     read = gpu_read_bandwidth() if on_gpu else read_bandwidth()
-    name = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    name = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     run = {
         **receipt.environment(options.commit),
         "command": shlex.join(["python", *sys.argv]),
@@ -150,12 +159,11 @@ def _measure(options: argparse.Namespace) -> int:
     print(f"{gpu}, reads {read:.0f} GB/s", flush=True)
     failed = False
     for folder in chosen:
-        rows = _rows(folder, sections, options, read)
-        kept = receipt.merge(receipt.read(out), name, run, rows)
-        receipt.write(out, kept)
-        for row in rows:
+        # each row is written at once: what ends the process later on does not take it along
+        for row in _rows(folder, sections, options, read):
+            receipt.write(out, receipt.merge(receipt.read(out), name, run, [row]))
             print(table.line(row), flush=True)
-        failed = failed or any("problem" in row or row.get("met") is False for row in rows)
+            failed = failed or "problem" in row or row.get("met") is False
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
@@ -163,52 +171,77 @@ def _measure(options: argparse.Namespace) -> int:
     return int(failed)
 
 
-def _rows(folder: Path, sections: list[str], options: argparse.Namespace, read: float) -> list[dict[str, Any]]:
-    """What was measured of one engine; what fails is a row with the problem, and the rest goes on."""
+def _rows(folder: Path, sections: list[str], options: argparse.Namespace, read: float) -> Iterator[dict[str, Any]]:
+    """What is measured of one engine; what fails is a row with the problem, and the rest goes on."""
     from scripts.tensorrt_bench.quality import quality
     from scripts.tensorrt_bench.speed import speed
+    from scripts.tensorrt_bench.start import starts
     from trtllm_cli.runtime.load import Execution, load_engine
 
     form = FORMATS.get(folder.name)
-    rows: list[dict[str, Any]] = []
-
-    def attempt(section: str, case: str, measure: Callable[[], dict[str, Any]]) -> None:
-        try:
-            rows.append({"family": section, "case": case, **measure()})
-        except Exception as problem:
-            traceback.print_exc()
-            rows.append({"family": section, "case": case, "problem": f"{type(problem).__name__}: {problem}"[:600]})
-
     if "start" in sections and folder.name in STARTED:
-        from scripts.tensorrt_bench.start import starts
-
-        attempt("start", folder.name, lambda: starts(folder / "engine"))
-    how = Execution(
-        executor=options.executor, checkpoint=folder / "checkpoint" if options.executor == "reference" else None
-    )
+        yield _row("start", folder.name, lambda: starts(folder / "engine"))
     if {"quality", "speed"} & set(sections):
+        reference = options.executor == "reference"
+        how = Execution(executor=options.executor, checkpoint=folder / "checkpoint" if reference else None)
         try:
             model = load_engine(folder / "engine", how=how)
         except Exception as problem:
-            traceback.print_exc()
-            return [
-                *rows,
-                {"family": "speed", "case": folder.name, "problem": f"{type(problem).__name__}: {problem}"[:600]},
-            ]
-        if "quality" in sections and form is not None:
-            crowd = options.crowd if folder.name in CROWDED else 0
-            attempt("quality", folder.name, lambda: quality(model, form, folder, options.text, crowd))
-        if "speed" in sections and (form is None or form.timed):
-            attempt("speed", folder.name, lambda: {"rows": speed(model, BATCHES, options.repetitions, read)})
-        model.executor.close()
+            yield _failed("load", folder.name, problem)
+            return
+        try:
+            if "quality" in sections and form is not None:
+                crowd = options.crowd if folder.name in CROWDED else 0
+                yield _row("quality", folder.name, lambda: quality(model, form, folder, options.text, crowd))
+            if "speed" in sections and (form is None or form.timed):
+                rows = functools.partial(speed, model, BATCHES, options.repetitions, read)
+                yield _row("speed", folder.name, lambda: {"rows": rows()})
+        finally:
+            model.executor.close()
     if "layers" in sections and (form is None or form.timed):
-        from scripts.tensorrt_bench.layers import layers
-        from trtllm_cli.artifacts.store import open_artifact
-
-        engine = open_artifact(folder / "engine", "engine")
         for batch in (min(BATCHES), max(BATCHES)):
-            attempt("layers", f"{folder.name} b{batch}", functools.partial(layers, engine, batch, PROMPT))
-    return rows
+            yield _row("layers", f"{folder.name} b{batch}", functools.partial(_profiled, folder / "engine", batch))
+
+
+def _row(family: str, case: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return {"family": family, "case": case, **measure()}
+    except Exception as problem:
+        return _failed(family, case, problem)
+
+
+def _failed(family: str, case: str, problem: Exception) -> dict[str, Any]:
+    traceback.print_exception(problem)
+    return {"family": family, "case": case, "problem": f"{type(problem).__name__}: {problem}"[:600]}
+
+
+def _profiled(engine: Path, batch: int) -> dict[str, Any]:
+    """The profile of one step, in a process of its own: a profiler called from TensorRT's threads may end it."""
+    words = [sys.executable, __file__, "profile", str(engine), "--batch", str(batch)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the profiled process ended with {done.returncode}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from scripts.tensorrt_bench.layers import layers
+    from trtllm_cli.artifacts.store import open_artifact
+
+    print(json.dumps(layers(open_artifact(options.engine, "engine"), options.batch, PROMPT)))
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from scripts.kernel_bench import receipt
+
+    joined = receipt.read(options.receipt)
+    for other in options.other:
+        joined = receipt.join(joined, receipt.read(other))
+    receipt.write(options.receipt, joined)
+    print(table.tables(joined))
+    return 0
 
 
 if __name__ == "__main__":

@@ -119,6 +119,8 @@ class Network:
             "token_ids": torch.from_numpy(ids),
             "starts": torch.tensor(starts, dtype=torch.int32),
             "rows": torch.from_numpy(rows.astype(np.int32)),
+            # no further than the last token: what lies beyond must not be needed
+            "seen": torch.arange(max(starts) + ids.shape[1], dtype=torch.int32),
         }
         outputs = self._evaluator.run({**inputs, **self.caches, **(weights or {})})
         self.caches = {name: outputs[updated(name)] for name in self.caches}

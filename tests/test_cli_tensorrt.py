@@ -20,7 +20,7 @@ from tests.test_cli import Ran, run  # noqa: F401 (run is a fixture)
 from trtllm_cli.artifacts.store import open_artifact
 from trtllm_cli.build.tensorrt import module
 from trtllm_cli.build.tensorrt.build import PLAN
-from trtllm_cli.runtime.tensorrt import compatible, load
+from trtllm_cli.runtime.tensorrt import compatible, driver, load
 
 PROMPTS = [
     {"prompt": "The quick brown fox"},
@@ -157,6 +157,11 @@ on_gpu = ("--prompt", "x", "--max-new-tokens", "1")
 def test_a_machine_without_a_gpu(run, folder):  # noqa: F811
     run("run", folder / "engine", *on_gpu).failed("GPU_MISSING", 4, "--executor reference", "--backend cpu")
     run("bench", folder / "engine").failed("GPU_MISSING", 4)
+
+
+def test_waking_the_driver_ends_and_tells_whether_there_is_a_gpu():
+    driver.wake().join(timeout=60)
+    assert driver._open() == torch.cuda.is_available()
 
 
 def altered(folder: Path, to: Path, change) -> Path:

@@ -96,16 +96,16 @@ def test_arrows_lead_from_what_is_read_to_its_reader(tmp_path):
     text = page(artifact, graph_of(artifact))
     layer = text[text.index('id="layers.1"') : text.index('id="head"')]
     tips = re.findall(r'<path class="edge"[^>]*><title>([^<]*)</title>', layer)
-    assert Counter(tip.split(" ")[0] for tip in tips) == {
+    names = [tip.split(" ")[0] for tip in tips]
+    # what of a cache is read, and under which name, is not the point here
+    assert Counter(re.sub(r"(_cache)[./].*", r"\1", name) for name in names) == {
         "layers.0.mlp.down/residual": 2,  # the norm, and the sum after attention
         "layers.1.attn_norm": 3,
         "layers.1.attn.q/scaled": 1,
         "layers.1.attn.k/rotary": 1,
         "layers.1.attn.v/split_heads": 1,
-        "layers.1.k_cache": 1,
-        "layers.1.v_cache": 1,
-        "layers.1.k_cache.updated": 2,  # attention, and the output
-        "layers.1.v_cache.updated": 2,
+        "layers.1.k_cache": 3,  # as it was; updated to attention and to the output
+        "layers.1.v_cache": 3,
         "layers.1.attn/merge_heads": 1,
         "layers.1.attn.o/residual": 2,
         "layers.1.mlp_norm": 2,

@@ -26,6 +26,7 @@ from trtllm_cli.ops.segment import Segment
 from trtllm_cli.runtime.generate import Request, generate
 from trtllm_cli.runtime.load import Execution, Loaded, load_checkpoint, load_engine
 from trtllm_cli.runtime.sampling import Sampler, Sampling
+from trtllm_cli.runtime.tensorrt import passes
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 
@@ -158,6 +159,24 @@ def test_prompts_and_scored_texts_in_pieces(pairs, monkeypatch, tmp_path):
         found, expected = (model.executor.forward(segments) for model in (small.engine, small.source))
         assert error(found, expected) < TOLERANCE["float16"]
     small.engine.executor.close()
+
+
+def test_attention_walks_more_of_the_caches_as_a_sequence_grows(pairs, monkeypatch):
+    """A windowed model whose sequences, beside a longer idle one, cross from one number of positions to the next."""
+    monkeypatch.setattr(passes, "_LEAST_SEEN", 16)
+    pair = pairs("mistral")
+    both = pair.engine.executor, pair.source.executor
+    for executor in both:
+        executor.forward([Segment(0, 0, tokens(12)), Segment(1, 0, tokens(14, 1)), Segment(2, 0, tokens(40, 2))])
+    for step in range(14):
+        segments = [Segment(0, 12 + step, tokens(1, step)), Segment(1, 14 + step, tokens(1, step))]
+        if step % 3 == 0:  # not idle
+            segments.append(Segment(2, 40 + step // 3, tokens(1, step)))
+        found, expected = (executor.forward(segments) for executor in both)
+        assert error(found, expected) < TOLERANCE["float16"]
+    # what idle tokens left behind must not show in a new, shorter sequence that walks over it
+    found, expected = (executor.forward([Segment(2, 0, tokens(36, 3), "all")]) for executor in both)
+    assert error(found, expected) < TOLERANCE["float16"]
 
 
 def test_graphs_change_nothing(pairs):

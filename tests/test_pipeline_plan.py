@@ -186,3 +186,17 @@ def test_measuring_a_tensorrt_engine_without_a_gpu_is_known_before_anything_runs
     with raises("GPU_MISSING", 4, "engine"):
         run_pipeline(path)
     assert not (place / "work" / "source").exists()
+
+
+def test_the_memory_of_a_tensorrt_build_is_predicted_where_weights_are_known(place: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    content = stages()
+    content["engine"] = {"stage": "build", "backend": "tensorrt", "options": {"context": 64, "concurrency": 2}}
+    quantized = named(plan_pipeline(write_pipeline(place, content)))["engine"].prediction
+    assert quantized.memory_bytes is None
+    assert "the build says its memory" in quantized.basis
+    engine = {**content["engine"], "from": "half"}
+    plain = named(plan_pipeline(write_pipeline(place, {**content, "engine": engine})))["engine"].prediction
+    # the builder itself takes 200 MiB; the model is tiny
+    assert plain.memory_bytes is not None
+    assert 200 << 20 < plain.memory_bytes < 400 << 20

@@ -68,12 +68,13 @@ def test_inputs_and_outputs_with_the_shapes_of_every_profile(tmp_path):
     facts = build(tmp_path).facts
     io = {tensor.name: tensor for tensor in facts.io}
     caches = [name for layer in range(2) for name in cache_names(layer)]
-    assert set(io) == {"token_ids", "starts", "rows", "logits", *caches, *map(updated, caches)}
+    assert set(io) == {"token_ids", "starts", "rows", "seen", "logits", *caches, *map(updated, caches)}
     one, few = ((1,), (1,), (1,)), ((2,), (4,), (4,))
     assert io["token_ids"].ranges == (((1, 1), (1, 128), (4, 128)), ((1, 1),) * 3, ((2, 1), (4, 1), (4, 1)))
     assert io["starts"].ranges == (((1,), (1,), (4,)), one, few)
     # prompts can return many rows of logits, to score a text; generation one a sequence
     assert io["rows"].ranges == (((1,), (1,), (128,)), one, few)
+    assert io["seen"].ranges == (((1,), (128,), (128,)),) * 3
     assert (io["logits"].dtype, io["logits"].dimensions) == ("Float", (-1, 256))
     for name in caches:
         assert (io[name].direction, io[name].dtype, io[name].dimensions) == ("input", "Half", (-1, 2, 128, 32))
@@ -180,7 +181,9 @@ def test_recorded_messages_are_cleaned():
     ("target", "dtype", "code", "hint"),
     [
         (("sm75",), "bfloat16", "TARGET_LACKS_DTYPE", "--dtype float16, or --target sm80"),
-        (("sm80", "sm90"), "float16", "TARGET_UNKNOWN", "--target sm89"),
+        (("sm80", "sm90"), "float16", "TARGET_UNKNOWN", "leave --target out: a plan for the default targets runs"),
+        (("sm80", "sm90"), "float16", "TARGET_UNKNOWN", ", or add --target sm89"),
+        (("sm100",), "float16", "TARGET_UNKNOWN", "add --target sm89"),
     ],
 )
 def test_targets_that_cannot_be(tmp_path, target, dtype, code, hint):

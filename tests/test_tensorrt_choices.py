@@ -64,7 +64,7 @@ def test_every_weight_is_an_input_of_its_name_and_shape_and_no_constant():
     made = network.layers.network
     inputs = {made.get_input(i).name: tuple(made.get_input(i).shape) for i in range(made.num_inputs)}
     caches = {name for layer in range(spec.num_layers) for name in cache_names(layer)}
-    assert set(inputs) - caches - {"token_ids", "starts", "rows"} == set(given)
+    assert set(inputs) - caches - {"token_ids", "starts", "rows", "seen"} == set(given)
     assert {name: inputs[name] for name in given} == spec.tensor_shapes()
     assert max(bits.size for bits in network.layers.constants.values()) <= CONTEXT * spec.head_dim
 

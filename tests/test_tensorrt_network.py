@@ -64,7 +64,7 @@ def test_16_bit_networks_agree_with_float32(family, dtype, tolerance):
     narrow, wide = (Network(spec, random_weights(spec), kind, CONTEXT, 1) for kind in (dtype, "float32"))
     a, b = narrow.step(text, [0], [23]), wide.step(text, [0], [23])
     assert np.linalg.norm(a - b) / np.linalg.norm(b) < tolerance
-    assert narrow.layers.network.get_input(3).dtype == narrow.layers.dtype(dtype)
+    assert narrow.layers.network.get_input(4).dtype == narrow.layers.dtype(dtype)
 
 
 def test_inputs_outputs_and_caches_in_place():
@@ -73,7 +73,7 @@ def test_inputs_outputs_and_caches_in_place():
     network, api = made.layers.network, made.layers.trt.api
     inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
     caches = [name for layer in range(spec.num_layers) for name in cache_names(layer)]
-    assert list(inputs) == ["token_ids", "starts", "rows", *caches]
+    assert list(inputs) == ["token_ids", "starts", "rows", "seen", *caches]
     assert tuple(inputs["token_ids"].shape) == (-1, -1)
     assert all(tuple(inputs[name].shape) == (-1, 2, CONTEXT, 32) for name in caches)
     outputs = [network.get_output(i).name for i in range(network.num_outputs)]

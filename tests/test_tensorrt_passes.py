@@ -9,17 +9,27 @@ from hypothesis import strategies as st
 
 from trtllm_cli.artifacts.tensorrt import ProfileTactics, TensorRTTactics
 from trtllm_cli.ops.segment import Segment
-from trtllm_cli.runtime.tensorrt.passes import Planner
+from trtllm_cli.runtime.tensorrt import passes
+from trtllm_cli.runtime.tensorrt.passes import Planner, reach
 
 CONTEXT, SLOTS = 40, 9
+SEEN = (1, CONTEXT, CONTEXT)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_reach():
+    """Few positions are seen at first, more as sequences grow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "_LEAST_SEEN", 4)
+        yield
 
 
 def tactics(batches=(1, 4, 9), rows=6, tokens=12, batch=3, usual=None) -> TensorRTTactics:
-    found = [ProfileTactics(name="context", batch=(1, 1, batch), tokens=(1, 8, tokens), rows=(1, 1, rows))]
+    found = [ProfileTactics(name="context", batch=(1, 1, batch), tokens=(1, 8, tokens), rows=(1, 1, rows), seen=SEEN)]
     least = 1
     for most in batches:
         sizes = (least, usual or most, most)
-        found.append(ProfileTactics(name=f"generation-{most}", batch=sizes, tokens=(1, 1, 1), rows=sizes))
+        found.append(ProfileTactics(name=f"generation-{most}", batch=sizes, tokens=(1, 1, 1), rows=sizes, seen=SEEN))
         least, usual = most + 1, None
     return TensorRTTactics(network_layers=1, complete=False, profiles=tuple(found))
 
@@ -46,6 +56,7 @@ class Caches:
             assert self.tactics.profiles[one.profile].takes(batch, width, len(one.rows))
             assert 0 <= one.base <= SLOTS - batch
             assert len(one.owners) == len(one.rows)
+            assert one.starts.max() + width <= one.seen <= CONTEXT, "a token, wanted or not, does not see itself"
             for row in range(batch):
                 assert 0 <= one.starts[row] <= CONTEXT - width, "written beyond the cache"
                 self.held[one.base + row, one.starts[row] : one.starts[row] + width] = one.tokens[row]
@@ -119,13 +130,20 @@ def test_a_step_takes_the_narrowest_profile_at_the_size_it_was_tuned_for():
         (one,) = steps(caches, *slots)
         assert (one.base, len(one.starts), one.profile) == (base, batch, profile), slots
         assert np.flatnonzero(one.owners >= 0).tolist() == [slot - base for slot in slots]
-        assert one.key == (profile, base, batch)
+        assert one.key == (profile, base, batch, one.seen)
 
 
 def test_a_profile_tuned_for_one_runs_one():
     caches = Caches(tactics((2, 9), usual=1))
     assert [len(one.starts) for one in steps(caches, 0)] == [1]
     assert [len(one.starts) for one in steps(caches, 0, 1)] == [2]
+
+
+def test_a_profile_may_take_more_sequences_than_there_are_slots():
+    planner = Planner(tactics((2, 12), usual=2), CONTEXT, SLOTS)
+    segments = [Segment(slot, 0, [1]) for slot in (2, 7)]
+    (one,) = planner.plan(segments)
+    assert (one.base, len(one.starts)) == (0, SLOTS)
 
 
 def test_a_full_slot_is_not_written_to_until_it_is_released():
@@ -136,6 +154,14 @@ def test_a_full_slot_is_not_written_to_until_it_is_released():
     assert [(one.base, len(one.starts)) for one in steps(caches, 0, 2)] == [(0, 1), (2, 1)]
     caches.planner.release(1)
     assert [(one.base, len(one.starts)) for one in steps(caches, 0, 2)] == [(0, 4)]
+
+
+def test_attention_walks_few_different_numbers_of_positions(monkeypatch):
+    monkeypatch.setattr(passes, "_LEAST_SEEN", 256)
+    found = [reach(end, 4000) for end in range(1, 4001)]
+    assert sorted(set(found)) == [256, 384, 512, 768, 1024, 1536, 2048, 3072, 4000]
+    assert all(end <= seen for end, seen in enumerate(found, 1))
+    assert all(seen <= max(256, 1.5 * end) for end, seen in enumerate(found, 1))
 
 
 def test_prompts_share_a_pass_when_they_are_neighbours_of_like_length():

@@ -17,14 +17,15 @@ from trtllm_cli.runtime.tensorrt.memory import ALIGNMENT, Memory
 from trtllm_cli.runtime.tensorrt.reference import ReferenceContext, ReferenceSession
 
 CONTEXT = 32
+SEEN = (1, CONTEXT, CONTEXT)
 SPEC = FAMILIES["qwen3"]
 TACTICS = TensorRTTactics(
     network_layers=1,
     complete=False,
     profiles=(
-        ProfileTactics(name="context", batch=(1, 1, 2), tokens=(1, 8, 16), rows=(1, 1, 8)),
-        ProfileTactics(name="generation-1", batch=(1, 1, 1), tokens=(1, 1, 1), rows=(1, 1, 1)),
-        ProfileTactics(name="generation-4", batch=(2, 4, 4), tokens=(1, 1, 1), rows=(2, 4, 4)),
+        ProfileTactics(name="context", batch=(1, 1, 2), tokens=(1, 8, 16), rows=(1, 1, 8), seen=SEEN),
+        ProfileTactics(name="generation-1", batch=(1, 1, 1), tokens=(1, 1, 1), rows=(1, 1, 1), seen=SEEN),
+        ProfileTactics(name="generation-4", batch=(2, 4, 4), tokens=(1, 1, 1), rows=(2, 4, 4), seen=SEEN),
     ),
 )
 CACHES = [name for layer in range(SPEC.num_layers) for name in cache_names(layer)]
@@ -40,11 +41,18 @@ class Bound:
         self.context: ReferenceContext = self.session.context(profile)
         memory = Memory(torch.device("cpu"))
         cache = (batch, SPEC.num_kv_heads, CONTEXT, SPEC.head_dim)
-        shapes = {"token_ids": (batch, tokens), "starts": (batch,), "rows": (rows,), **dict.fromkeys(CACHES, cache)}
+        shapes = {
+            "token_ids": (batch, tokens),
+            "starts": (batch,),
+            "rows": (rows,),
+            "seen": (tokens,),
+            **dict.fromkeys(CACHES, cache),
+        }
         self.tensors = {
             name: memory.zeros(shape, torch.float32 if name in CACHES else torch.int32)
             for name, shape in shapes.items()
         }
+        self.tensors["seen"].copy_(torch.arange(tokens))
         self.tensors["logits"] = memory.zeros((rows, SPEC.vocab_size), torch.float32)
         for name, shape in shapes.items():
             assert self.context.set_input_shape(name, shape), self.session.complaints()
@@ -102,6 +110,7 @@ def test_a_smaller_batch_at_another_slot_leaves_the_others_alone():
         (0, "token_ids", (5,)),
         (0, "rows", (9,)),
         (0, "starts", (3,)),
+        (0, "seen", (CONTEXT + 1,)),
         (0, CACHES[0], (1, SPEC.num_kv_heads, CONTEXT + 1, SPEC.head_dim)),
         (1, "token_ids", (1, 2)),
         (1, "token_ids", (2, 1)),
@@ -121,7 +130,7 @@ def test_a_shape_outside_the_profile_is_refused(profile, name, shape):
 def test_shapes_are_forgotten_with_the_profile():
     bound = Bound(0, batch=2, tokens=1, rows=2)
     assert bound.context.set_optimization_profile_async(2, 0)
-    assert bound.context.infer_shapes() == ["token_ids", "starts", "rows", *CACHES]
+    assert bound.context.infer_shapes() == ["token_ids", "starts", "rows", "seen", *CACHES]
     bound.refuses("no shape", "token_ids", CACHES[0])
     assert bound.context.set_optimization_profile_async(3, 0) is False
 

@@ -20,6 +20,7 @@ from trtllm_cli.runtime.executor import ChoosingExecutor
 from trtllm_cli.runtime.generate import Request, generate
 from trtllm_cli.runtime.load import Execution, Loaded, load_checkpoint, load_engine
 from trtllm_cli.runtime.sampling import Sampler, Sampling
+from trtllm_cli.runtime.tensorrt import passes
 
 REFERENCE = Execution("reference")
 
@@ -62,6 +63,12 @@ def pairs(made):
 def pair(pairs, request):
     """Shared by the tests: what earlier ones left in the caches must not matter."""
     return pairs(getattr(request, "param", "llama"))
+
+
+@pytest.fixture(autouse=True)
+def short_reach(monkeypatch):
+    """Attention walks fewer positions than these small caches have, and ever more of them as sequences grow."""
+    monkeypatch.setattr(passes, "_LEAST_SEEN", 8)
 
 
 each_family = pytest.mark.parametrize("pair", FAMILIES, indirect=True)
@@ -142,6 +149,22 @@ def test_tokens_run_for_nobody_change_nothing(pair):
     assert_close(both[0].forward(after), both[1].forward(after))
 
 
+@pytest.mark.parametrize("pair", ["mistral"], indirect=True)
+def test_attention_walks_more_of_the_caches_as_a_sequence_grows(pair):
+    """Windowed sequences, beside a longer idle one, cross from one number of positions to the next."""
+    both = pair.engine.executor, pair.source.executor
+    for executor in both:
+        executor.forward([Segment(0, 0, tokens(5)), Segment(1, 0, tokens(7, 1)), Segment(2, 0, tokens(40, 2))])
+    for step in range(9):
+        segments = [Segment(0, 5 + step, tokens(1, step)), Segment(1, 7 + step, tokens(1, step))]
+        if step % 3 == 0:  # not idle
+            segments.append(Segment(2, 40 + step // 3, tokens(1, step)))
+        assert_close(both[0].forward(segments), both[1].forward(segments))
+    # what idle tokens left behind must not show in a new, shorter sequence that walks over it
+    again = [Segment(2, 0, tokens(36, 3), "all")]
+    assert_close(both[0].forward(again), both[1].forward(again))
+
+
 def test_a_full_slot_between_two_others(pair):
     both = pair.engine.executor, pair.source.executor
     for executor in both:
@@ -205,6 +228,14 @@ def test_an_engine_whose_weights_are_inputs_brings_them(made, tmp_path):
     loaded = load_engine(inputs.path, threads=1, how=Execution("reference"))
     expected = load_engine(engine.path, threads=1, how=Execution("reference", checkpoint.path))
     assert texts(loaded, requests(5)) == texts(expected, requests(5))
+
+
+def test_fp8_attention_departs_by_its_rounding(made, tmp_path):
+    checkpoint, _ = made("llama")
+    narrow = Pair(checkpoint, engine_of(checkpoint, tmp_path / "engine", dtype="bfloat16", fp8_attention=True))
+    segments = [Segment(slot, 0, tokens(size, slot), "all") for slot, size in enumerate((13, 9, 11))]
+    found, expected = (one.executor.forward(segments) for one in (narrow.engine, narrow.source))
+    assert 1e-2 < np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.15
 
 
 @pytest.mark.parametrize("scheme", ["int8", "mixed"])

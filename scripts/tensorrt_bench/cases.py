@@ -29,7 +29,7 @@ class Format:
     calibrated: bool = False
 
 
-_SMOOTHED = ("--method", "smoothquant", "--activations")
+_SMOOTHED = ("--method", "smoothquant", "--alpha", "0.5", "--activations")
 FORMATS = {
     one.name: one
     for one in (

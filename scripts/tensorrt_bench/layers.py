@@ -24,6 +24,7 @@ from trtllm_cli.progress import Silent
 from trtllm_cli.runtime.tensorrt import compatible
 from trtllm_cli.runtime.tensorrt.kernels import KernelFile
 from trtllm_cli.runtime.tensorrt.memory import Memory
+from trtllm_cli.runtime.tensorrt.passes import reach
 from trtllm_cli.runtime.tensorrt.plan import open_plan
 
 #: kernels listed by name
@@ -41,13 +42,18 @@ def layers(artifact: Artifact, batch: int, position: int) -> dict[str, Any]:
     memory = Memory(torch.device("cuda", torch.cuda.current_device()))
     kernels = KernelFile(artifact.path, artifact.id, gpu.name, trt.version, Silent())
     session = open_plan(artifact.path, artifact.file(PLAN), engine, tactics, trt, memory, gpu, kernels, Silent())
-    try:
-        context = session.context(index)
-        held = _bind(context, memory, engine.spec, getattr(torch, engine.dtype), engine.limits.context, batch, position)
-        found = _profiled(trt.api, context, memory)
-        del held
-    finally:
-        session.close()
+    context = session.context(index)
+    held = _bind(context, memory, engine.spec, getattr(torch, engine.dtype), engine.limits.context, batch, position)
+    profiler = _new_profiler(trt.api)
+    _run(context, memory, 3)
+    context.profiler = profiler
+    _run(context, memory, _STEPS)
+    found = {name: statistics.median(values) for name, values in profiler.times.items()}
+    # in this order: a context calls its profiler, holds its engine, and works on tensors
+    del context
+    del profiler
+    session.close()
+    held.clear()
     facts = PlanFacts.model_validate_json(artifact.file(LAYERS).read_bytes())
     return {"batch": batch, "profile": tactics.profiles[index].name, **summary(found, facts, index, engine.spec)}
 
@@ -101,6 +107,7 @@ def _bind(
         "token_ids": memory.zeros((batch, 1), torch.int32),
         "starts": memory.zeros((batch,), torch.int32),
         "rows": memory.zeros((batch,), torch.int32),
+        "seen": memory.upload(torch.arange(reach(position + 1, room), dtype=torch.int32)),
     }
     shape = (batch, spec.num_kv_heads, room, spec.head_dim)
     caches = {name: memory.zeros(shape, dtype) for layer in range(spec.num_layers) for name in cache_names(layer)}
@@ -121,7 +128,8 @@ def _bind(
     return places
 
 
-def _profiled(api: Any, context: Any, memory: Memory) -> dict[str, float]:
+def _new_profiler(api: Any) -> Any:
+    """A profiler that keeps the milliseconds of each name in ``times``."""
     base: Any = api.IProfiler
 
     class Profiler(base):  # type: ignore[misc]
@@ -132,15 +140,11 @@ def _profiled(api: Any, context: Any, memory: Memory) -> dict[str, float]:
         def report_layer_time(self, name: str, ms: float) -> None:
             self.times[name].append(ms)
 
-    def run() -> None:
+    return Profiler()
+
+
+def _run(context: Any, memory: Memory, steps: int) -> None:
+    for _ in range(steps):
         if not context.execute_async_v3(memory.stream):
             raise RuntimeError("the step was refused")
         memory.synchronize()
-
-    for _ in range(3):
-        run()
-    profiler = Profiler()
-    context.profiler = profiler
-    for _ in range(_STEPS):
-        run()
-    return {name: statistics.median(values) for name, values in profiler.times.items()}

@@ -40,7 +40,7 @@ CPU = (
     "8",
 )
 TENSORRT = ("--backend", "tensorrt")
-_CALIBRATION_ROWS = 32
+_CALIBRATION_ROWS = 8
 
 
 class Reference(Frozen):

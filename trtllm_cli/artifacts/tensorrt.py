@@ -18,7 +18,8 @@ Range = tuple[int, int, int]
 class ProfileTactics(Frozen):
     """One optimization profile: the sizes it takes, and what its part of the plan compiled to.
 
-    ``batch`` sequences take ``tokens`` new tokens each, and ``rows`` of these tokens have their logits returned.
+    ``batch`` sequences take ``tokens`` new tokens each, ``rows`` of these tokens have their logits returned, and
+    attention walks the first ``seen`` positions of each cache.
     ``attention`` counts fused attention kernels by name, ``products`` the model's matrix products by what their kernels
     read (:mod:`trtllm_cli.build.tensorrt.linears`), and ``fallbacks`` names the modules that did not become what they
     were meant to. ``scratch_bytes`` is the memory of activations at the largest sizes.
@@ -28,6 +29,7 @@ class ProfileTactics(Frozen):
     batch: Range
     tokens: Range
     rows: Range
+    seen: Range
     kernels: int = 0
     attention: dict[str, int] = Field(default_factory=dict)
     gemms: int = 0
@@ -37,7 +39,7 @@ class ProfileTactics(Frozen):
 
     @model_validator(mode="after")
     def _ordered(self) -> ProfileTactics:
-        for name in ("batch", "tokens", "rows"):
+        for name in ("batch", "tokens", "rows", "seen"):
             least, usual, most = getattr(self, name)
             if not 0 < least <= usual <= most:
                 raise ValueError(f"{name} of profile {self.name} is {least}, {usual}, {most}: not in order")

@@ -84,6 +84,7 @@ class ReferenceRun:
 
     def __init__(self, layers: Layers, spec: DecoderSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._evaluator = Evaluator(layers, in_place=True)
+        self._seen = torch.arange(shape[2], dtype=torch.int32)
         self._caches = {
             name: torch.zeros(shape, dtype=dtype) for layer in range(spec.num_layers) for name in cache_names(layer)
         }
@@ -94,6 +95,7 @@ class ReferenceRun:
                 "token_ids": torch.tensor([list(tokens)], dtype=torch.int32),
                 "starts": torch.tensor([start], dtype=torch.int32),
                 "rows": torch.tensor([len(tokens) - 1], dtype=torch.int32),
+                "seen": self._seen,
                 **self._caches,
             }
         )

@@ -32,6 +32,7 @@ class PlanRun:
         self._session = session
         self._memory = memory
         self._outputs = outputs
+        self._seen = memory.upload(torch.arange(shape[2], dtype=torch.int32))
         self._caches = {
             name: memory.zeros(shape, dtype) for layer in range(spec.num_layers) for name in cache_names(layer)
         }
@@ -43,6 +44,7 @@ class PlanRun:
             "token_ids": memory.upload(torch.tensor([list(tokens)], dtype=torch.int32)),
             "starts": memory.upload(torch.tensor([start], dtype=torch.int32)),
             "rows": memory.upload(torch.tensor([len(tokens) - 1], dtype=torch.int32)),
+            "seen": self._seen,
             **self._caches,
         }
         for name, value in inputs.items():

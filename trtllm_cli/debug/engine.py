@@ -217,8 +217,15 @@ def _network(executor: str, parent: Artifact, engine: Artifact, marks: Marks, re
     capabilities = compatible.required(body, "compute_capability") or ""
     target = [f"sm{one.replace('.', '')}" for one in capabilities.split()] if trt.targets else []
     # one sequence runs, so of the generation profiles the engine's first is enough
-    batch, rows = own.profiles[1].batch[2], own.profiles[1].rows[2]
-    sizing = Sizing(context=context, concurrency=batch, generation=(batch,), wide_rows=rows > batch)
+    first = own.profiles[1]
+    batch = first.batch[2]
+    sizing = Sizing(
+        context=context,
+        concurrency=batch,
+        generation=(batch,),
+        wide_rows=first.rows[2] > batch,
+        whole_cache=first.seen[0] == context,
+    )
     with TemporaryDirectory(prefix="trtllm-cli-debug-") as folder:
         work = Path(folder)
         built = build_plan(

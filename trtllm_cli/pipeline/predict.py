@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from trtllm_cli.artifacts.memory import parse_bytes
 from trtllm_cli.artifacts.schema import (
@@ -34,6 +34,9 @@ from trtllm_cli.pipeline.load import Step
 from trtllm_cli.pipeline.schema import BuildStage, Prediction
 from trtllm_cli.quantize.options import QuantizeOptions
 from trtllm_cli.quantize.selection import Choice, select
+
+if TYPE_CHECKING:
+    from trtllm_cli.build.tensorrt.stage import TensorRTOptions
 
 #: what copying and hashing hold, and the float32 blocks of rows that quantization works in, in bytes
 _COPY_BYTES = 8 << 20
@@ -205,8 +208,16 @@ def _build(step: Step, parent: Facts) -> tuple[Prediction, Facts]:
     if isinstance(step.stage, BuildStage) and step.stage.backend == "tensorrt":
         dtype = parent.dtype if options.dtype == "auto" else options.dtype
         weights = (parent.parameters or 0) * _BYTES[dtype]
-        basis = "weights in the plan; memory is TensorRT's own affair, several times the weights"
-        return Prediction(disk_bytes=weights + parent.other_bytes, basis=basis), replace(parent, weight_bytes=weights)
+        basis = "weights in the plan; memory: weights in the forms TensorRT holds while it compiles, and graphs"
+        if parent.quantized:
+            # which modules have which weights is known once the checkpoint is there; the build itself says it then
+            basis = "weights in the plan; the build says its memory before it starts"
+        prediction = Prediction(
+            disk_bytes=weights + parent.other_bytes,
+            memory_bytes=None if parent.quantized else _plan_memory(parent.spec, parent.dtype, dtype, options),
+            basis=basis,
+        )
+        return prediction, replace(parent, weight_bytes=weights)
     executor = "torch" if options.executor == "torch" else "native"
     limits, _ = derive(_body(parent), options, executor)
     limits = limits.model_copy(update={"weight_bytes": parent.weight_bytes})
@@ -217,6 +228,21 @@ def _build(step: Step, parent: Facts) -> tuple[Prediction, Facts]:
     )
     made = replace(parent, limits=limits, executor=executor)
     return Prediction(disk_bytes=parent.weight_bytes + parent.other_bytes, memory_bytes=running, basis=basis), made
+
+
+def _plan_memory(spec: DecoderSpec, stored: Dtype, dtype: Dtype, options: TensorRTOptions) -> int:
+    """What compiling the plan of an unquantized checkpoint takes at its peak."""
+    from trtllm_cli.build.tensorrt.network import Sizing, profiles
+    from trtllm_cli.build.tensorrt.ops import Choices
+    from trtllm_cli.build.tensorrt.prediction import predict as predict_build
+
+    sizing = Sizing(
+        context=options.context or min(4096, spec.max_positions),
+        concurrency=options.concurrency,
+        generation=options.generation_batches,
+    )
+    choices = Choices(weights_as_inputs=options.weights_as_inputs, fp8_attention=options.fp8_attention)
+    return predict_build(spec, stored, dtype, {}, profiles(sizing), choices).total
 
 
 def _body(facts: Facts) -> CheckpointBody:

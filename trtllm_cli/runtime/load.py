@@ -112,6 +112,10 @@ def _require_used(artifact: Artifact, how: Execution) -> None:
 
 
 def _load_tensorrt(artifact: Artifact, threads: int | None, how: Execution, report: Reporter) -> Loaded:
+    from trtllm_cli.runtime.tensorrt import driver
+
+    if how.executor != "reference":
+        driver.wake()
     import torch
 
     from trtllm_cli.runtime.tensorrt.load import load_on_gpu, load_reference

@@ -1,10 +1,14 @@
 """The network of a decoder: its inputs, outputs and optimization profiles.
 
-Inputs: ``token_ids`` [B, S], ``starts`` [B] and ``rows`` [R], all int32, and per layer ``layers.{i}.k_cache`` and
-``layers.{i}.v_cache`` [B, kv_heads, context, head_dim] in the compute type. Outputs: ``logits`` [R, vocab] float32, and
-per cache its updated self under the input's name plus ``.updated``; TensorRT writes caches in place, so an output must
-be bound to its input's address. ``rows`` says which tokens' logits are returned, as indices ``b * S + s`` into the
-tokens of all sequences; else the meaning is that of :class:`trtllm_cli.ops.api.DecoderInputs`.
+Inputs: ``token_ids`` [B, S], ``starts`` [B], ``rows`` [R] and ``seen`` [L], all int32, and per layer
+``layers.{i}.k_cache`` and ``layers.{i}.v_cache`` [B, kv_heads, context, head_dim] in the compute type. Outputs:
+``logits`` [R, vocab] float32, and per cache its updated self under the input's name plus ``.updated``; TensorRT writes
+caches in place, so an output must be bound to its input's address.
+
+``rows`` says which tokens' logits are returned, as indices ``b * S + s`` into the tokens of all sequences. ``seen`` is
+0, 1, .. L - 1, and attention walks the first L positions of the caches: L must lie beyond every new token's position,
+and costs time whether or not a position holds anything. Else the meaning is that of
+:class:`trtllm_cli.ops.api.DecoderInputs`.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from trtllm_cli.models.decoder import Forward, decoder
 from trtllm_cli.models.spec import DecoderSpec, Frozen
 from trtllm_cli.ops.api import DecoderInputs, KvCache
 
-_USUAL_PROMPT = 512
+_USUAL_PROMPT, _USUAL_SEEN = 512, 512
 #: new tokens of one sequence, and of all, in one pass: longer prompts go in pieces, so that activations stay bounded
 _CHUNK, _PASS = 2048, 8192
 #: logits rows of one pass of several tokens; bounds their memory
@@ -39,22 +43,26 @@ class Sizing(Frozen):
     """The two numbers that size an engine: positions a sequence can have, and sequences at once.
 
     ``generation`` holds the largest batch of each generation profile, growing, the concurrency last; empty: derived.
-    ``wide_rows`` keeps the number of logits rows from being fixed at one (see :func:`generation_batches`).
+    ``wide_rows`` keeps the number of logits rows from being fixed at one (see :func:`generation_batches`),
+    ``whole_cache`` lets attention always walk the whole of it: attention of prompts in fp8 is only fused then.
     """
 
     context: int = Field(gt=0)
     concurrency: int = Field(gt=0)
     generation: tuple[int, ...] = ()
     wide_rows: bool = False
+    whole_cache: bool = False
 
 
 class Profile(Frozen):
-    """One optimization profile: smallest, usual and largest batch, new tokens a sequence, and rows of logits."""
+    """One optimization profile: smallest, usual and largest batch, new tokens a sequence, rows of logits, and positions
+    that attention walks."""
 
     name: str
     batch: Range
     tokens: Range
     rows: Range
+    seen: Range
 
 
 def cache_names(layer: int) -> tuple[str, str]:
@@ -90,12 +98,15 @@ def profiles(sizing: Sizing) -> tuple[Profile, ...]:
     """
     tokens = min(sizing.context, _CHUNK)
     batch = max(1, min(_PASS // tokens, sizing.concurrency))
+    whole = sizing.context
+    seen = (whole, whole, whole) if sizing.whole_cache else (1, min(_USUAL_SEEN, whole), whole)
     found = [
         Profile(
             name="context",
             batch=(1, 1, batch),
             tokens=(1, min(_USUAL_PROMPT, tokens), tokens),
             rows=(1, 1, max(batch, min(_ROWS, tokens))),
+            seen=seen,
         )
     ]
     least = 1
@@ -103,7 +114,7 @@ def profiles(sizing: Sizing) -> tuple[Profile, ...]:
         # two slots serve one sequence most of the time
         sizes = (least, 1 if least == 1 and most == 2 else most, most)
         rows = (1, 1, 2) if most == 1 and sizing.wide_rows else sizes
-        found.append(Profile(name=f"generation-{most}", batch=sizes, tokens=(1, 1, 1), rows=rows))
+        found.append(Profile(name=f"generation-{most}", batch=sizes, tokens=(1, 1, 1), rows=rows, seen=seen))
         least = most + 1
     return tuple(found)
 
@@ -143,6 +154,7 @@ def define(
     token_ids = layers.input("token_ids", int32, (-1, -1))
     starts = layers.input("starts", int32, (-1,))
     rows = layers.input("rows", int32, (-1,))
+    seen = layers.input("seen", int32, (-1,))
     for tensor in (token_ids, starts):
         tensor.set_dimension_name(0, "batch")
     caches = tuple(
@@ -152,7 +164,7 @@ def define(
     for cache in caches:
         cache.k.set_dimension_name(0, "batch")
         cache.v.set_dimension_name(0, "batch")
-    ops = TrtOps(layers, spec, weights, dtype, context, quantized, choices)
+    ops = TrtOps(layers, spec, weights, dtype, context, quantized, choices, seen)
     outputs = forward(ops, spec, DecoderInputs(token_ids, starts, rows, caches))
     logits = outputs.logits
     if dtype != "float32":
@@ -170,6 +182,7 @@ def add_profiles(builder: Any, config: Any, spec: DecoderSpec, sizing: Sizing) -
         profile.set_shape("token_ids", *zip(shapes.batch, shapes.tokens, strict=True))
         profile.set_shape("starts", *((batch,) for batch in shapes.batch))
         profile.set_shape("rows", *((rows,) for rows in shapes.rows))
+        profile.set_shape("seen", *((seen,) for seen in shapes.seen))
         for layer in range(spec.num_layers):
             for name in cache_names(layer):
                 profile.set_shape(

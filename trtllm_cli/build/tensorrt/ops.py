@@ -51,7 +51,8 @@ class TrtOps(Ops[Tensor]):
 
     A batch must keep ``starts[b] + S <= context`` for every sequence. ``quantized`` has the modules whose weights are
     quantized, ``weights`` all other tensors. With ``choices.weights_as_inputs`` the latter are inputs of the network,
-    named like the tensors and of their shapes, and ``weights`` is not asked. Raises BadInputError for a missing or
+    named like the tensors and of their shapes, and ``weights`` is not asked. ``seen`` [L] int32, 0 .. L - 1, bounds the
+    cache positions that attention walks (None: all). Raises BadInputError for a missing or
     misshapen weight and UnsupportedError for a layer TensorRT refuses, both naming the module.
     """
 
@@ -64,8 +65,10 @@ class TrtOps(Ops[Tensor]):
         context: int,
         quantized: QuantizedSource = nothing,
         choices: Choices = NO_CHOICES,
+        seen: Tensor | None = None,
     ) -> None:
         self._net = layers
+        self._seen = seen
         self._choices = choices
         self._api = layers.trt.api
         self._shapes = spec.tensor_shapes()
@@ -213,9 +216,10 @@ class TrtOps(Ops[Tensor]):
         scaled = self._binary(f"{_module(q)}/scaled", q, self._scalar(spec.scale, self._dtype, 4), "PROD")
         softmax, no_causal = self._api.AttentionNormalizationOp.SOFTMAX, self._api.CausalMaskKind.NONE
         mask = self._mask(positions, spec.window)
-        operands, top = (scaled, cache.k, cache.v), None
+        k, v = self._begun(cache.k, spec), self._begun(cache.v, spec)
+        operands, top = (scaled, k, v), None
         if self._choices.fp8_attention:
-            operands = (self._fp8(scaled), self._fp8(cache.k), self._fp8(cache.v))
+            operands = (self._fp8(scaled), self._fp8(k), self._fp8(v))
             top = self._scalar(FP8_SOFTMAX_SCALE, self._dtype, 0)
 
         def configure(layer: Any) -> None:
@@ -227,6 +231,30 @@ class TrtOps(Ops[Tensor]):
                 layer.normalization_quantize_scale = top
 
         return self._net.add("attention_v2", name, *operands, softmax, no_causal, configure=configure)
+
+    def _begun(self, cache: Tensor, spec: AttentionSpec) -> Tensor:
+        """The first positions of a cache [B, kv_heads, C, D], as many as are seen.
+
+        It is a copy, but one that costs less than attention to positions that hold nothing (measured: 30 layers of
+        width 576, a cache of 2048: a step at position 200 takes half the time, one at the end is no slower).
+        """
+        seen = self._seen
+        if seen is None:
+            return cache
+
+        def size() -> Tensor:
+            net = self._net
+            batch = net.add("gather", "seen/batch", self._sizes, net.constant("seen/first", np.zeros(1, np.int32)), 0)
+            heads = net.constant("seen/heads", np.array([spec.num_kv_heads], np.int64))
+            length = net.add("shape", "seen/length", seen)
+            width = net.constant("seen/width", np.array([spec.head_dim], np.int64))
+            return net.add("concatenation", "seen/size", [batch, heads, length, width])
+
+        shape = self._once(("seen", spec.num_kv_heads, spec.head_dim), size)
+        name = f"{_module(cache)}/seen"
+        return self._net.add(
+            "slice", name, cache, (0,) * 4, (0,) * 4, (1,) * 4, configure=lambda layer: layer.set_input(2, shape)
+        )
 
     def _fp8(self, x: Tensor) -> Tensor:
         """What x is as E4M3: its range of 448 holds queries, keys and values as they are, so the scale is 1."""
@@ -337,14 +365,16 @@ class TrtOps(Ops[Tensor]):
         """bool [B, 1, S, C]: which cache positions each new token sees; shared by all layers of one window."""
         return self._once(("mask", window), lambda: self._make_mask(positions, window))
 
+    def _cache_index(self) -> Tensor:
+        """int32 [1, 1, 1, C]: the positions that attention walks."""
+        name = "mask/cache_index"
+        if self._seen is not None:
+            return self._net.add("shuffle", name, self._seen, configure=_reshape((1, 1, 1, -1)))
+        return self._net.constant(name, np.arange(self._context, dtype=np.int32).reshape(1, 1, 1, self._context))
+
     def _make_mask(self, positions: Tensor, window: int | None) -> Tensor:
         name = "mask" if window is None else f"mask/window{window}"
-        cache_index = self._once(
-            ("cache index",),
-            lambda: self._net.constant(
-                "mask/cache_index", np.arange(self._context, dtype=np.int32).reshape(1, 1, 1, self._context)
-            ),
-        )
+        cache_index = self._once(("cache index",), self._cache_index)
 
         # [B, S] -> [B, S, 1, 1] -> [B, 1, S, 1]: a reshape can copy a dimension only to its own place
         def configure(layer: Any) -> None:

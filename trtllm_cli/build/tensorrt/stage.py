@@ -123,6 +123,7 @@ def build_tensorrt_engine(
         concurrency=options.concurrency,
         generation=options.generation_batches,
         wide_rows=head(body.spec) in _int8_weights(body),
+        whole_cache=options.fp8_attention,
     )
     request = Request("engine", "build", config, (checkpoint,), {trt.package: trt.version}, {"backend": "tensorrt"})
     with publish(output, request, force=force) as work:

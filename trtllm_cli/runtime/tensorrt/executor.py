@@ -102,12 +102,15 @@ class TensorRTExecutor:
                 for layer in range(spec.num_layers)
                 for part in "kv"
             }
+            self._positions = memory.upload(torch.arange(context, dtype=torch.int32))
             self._weights = {name: memory.upload(values) for name, values in weights.items()}
         self._staging = torch.zeros(self._inputs.shape, dtype=torch.int32, pin_memory=memory.has_graphs)
         self._contexts: dict[int, Any] = {}
         self._bound: dict[int, tuple[Any, ...]] = {}
-        self._seen: set[tuple[int, int, int]] = set()
-        self._replays: dict[tuple[int, int, int], Callable[[], None]] = {}
+        self._ran: set[tuple[int, int, int, int]] = set()
+        self._replays: dict[tuple[int, int, int, int], Callable[[], None]] = {}
+        #: whether kernels were compiled since they were last kept
+        self._fresh = False
 
     # ---- what the runtime calls -------------------------------------------------------------------------------------
 
@@ -169,27 +172,30 @@ class TensorRTExecutor:
     def _run(self, segments: Sequence[Segment]) -> Iterator[tuple[Pass, torch.Tensor]]:
         """Each pass with its logits [R, vocab], which the next one overwrites."""
         check_segments(segments, self.context, self.slots, self.vocab_size)
-        before = len(self._contexts)
         for one in self._planner.plan(segments):
             self._execute(one)
             yield one, self._logits[: len(one.rows)]
-        if len(self._contexts) > before:
+        if self._fresh:
             self._memory.synchronize()
             self._session.settled()
+            self._fresh = False
 
     def _execute(self, one: Pass) -> None:
         self._stage(one)
-        key = one.key if self._graphs else None
+        key = one.key
         if key in self._replays:
             self._replays[key]()
             return
         context = self._bind(one)
         self._enqueue(context)
-        if key in self._seen:
+        if key is None:
+            return
+        if key not in self._ran:
+            self._ran.add(key)
+            self._fresh = True
+        elif self._graphs:
             # right after it ran with these shapes: TensorRT prepares itself for new ones while it enqueues
             self._replays[key] = self._memory.capture(lambda: self._enqueue(context))
-        elif key is not None:
-            self._seen.add(key)
 
     def _stage(self, one: Pass) -> None:
         """Copy starts, rows and tokens to the device."""
@@ -207,18 +213,21 @@ class TensorRTExecutor:
         context = self._contexts.get(one.profile)
         if context is None:
             context = self._contexts[one.profile] = self._session.context(one.profile)
+            self._fresh = True
             for name, weight in self._weights.items():
                 self._set_address(context, name, weight.data_ptr())
             self._set_address(context, "logits", self._logits.data_ptr())
+            self._set_address(context, "seen", self._positions.data_ptr())
             for name, at in (("starts", 0), ("rows", self._rows_at), ("token_ids", self._tokens_at)):
                 self._set_address(context, name, self._inputs.data_ptr() + 4 * at)
-        bound = (one.base, one.tokens.shape, len(one.rows))
+        bound = (one.base, one.tokens.shape, len(one.rows), one.seen)
         if self._bound.get(one.profile) == bound:
             return context
         batch = len(one.starts)
         self._set_shape(context, "token_ids", one.tokens.shape)
         self._set_shape(context, "starts", (batch,))
         self._set_shape(context, "rows", (len(one.rows),))
+        self._set_shape(context, "seen", (one.seen,))
         for name, cache in self._caches.items():
             address = cache.data_ptr() + one.base * self._stride
             self._set_shape(context, name, (batch, *cache.shape[1:]))

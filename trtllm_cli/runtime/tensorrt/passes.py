@@ -22,6 +22,20 @@ from trtllm_cli.ops.segment import Segment
 Ints = NDArray[np.int32]
 #: a batch of prompts may be padded to at most this many times its tokens; beyond, splitting it is faster
 _MOST_PADDING = 1.5
+#: attention walks at least so many positions; fewer are no faster
+_LEAST_SEEN = 256
+
+
+def reach(end: int, context: int) -> int:
+    """How many positions attention walks for tokens up to position ``end - 1``: 256, 384, 512, 768, 1024, 1536, ...
+
+    Few different lengths, because kernels are specialised for each and CUDA graphs are kept; at most a third is walked
+    in vain. Never more than the context.
+    """
+    length = _LEAST_SEEN
+    while length < end:
+        length = length * 3 // 2 if length & (length - 1) == 0 else length * 4 // 3
+    return min(length, context)
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,7 @@ class Pass:
     """One execution: ``profile`` index; caches bound from slot ``base`` on; ``tokens`` [B, S], ``starts`` [B].
 
     ``rows`` [R] are the flat indices (b * S + s) whose logits come out, ``owners`` [R] the indices of the segments they
-    belong to, -1 for a row that nobody wants.
+    belong to, -1 for a row that nobody wants. Attention walks the first ``seen`` positions of the caches.
     """
 
     profile: int
@@ -38,11 +52,12 @@ class Pass:
     starts: Ints
     rows: Ints
     owners: Ints
+    seen: int
 
     @property
-    def key(self) -> tuple[int, int, int] | None:
-        """(profile, base, batch) of a generation step, whose shapes follow from these; None for prompts."""
-        return (self.profile, self.base, len(self.starts)) if self.profile else None
+    def key(self) -> tuple[int, int, int, int] | None:
+        """(profile, base, batch, seen) of a generation step, whose shapes follow from these; None for prompts."""
+        return (self.profile, self.base, len(self.starts), self.seen) if self.profile else None
 
 
 class _Piece(NamedTuple):
@@ -91,6 +106,10 @@ class Planner:
     def release(self, slot: int) -> None:
         """Nothing that the slot holds is needed any more: idle tokens may run anywhere in it."""
         self._lengths[slot] = 0
+
+    def _reach(self, profile: int, end: int) -> int:
+        least, _, most = self._tactics.profiles[profile].seen
+        return min(max(reach(end, self._context), least), most)
 
     def _account(self, pieces: Sequence[_Piece]) -> None:
         for piece in pieces:
@@ -147,7 +166,9 @@ class Planner:
             rows.append(0)
             owners.append(-1)
         starts = np.array([piece.start for piece in group], np.int32)
-        return Pass(0, group[0].slot, tokens, starts, np.array(rows, np.int32), np.array(owners, np.int32))
+        # padding counts too: a token that sees no position of its window writes NaN, which masks do not keep out
+        seen = self._reach(0, int(starts.max()) + width)
+        return Pass(0, group[0].slot, tokens, starts, np.array(rows, np.int32), np.array(owners, np.int32), seen)
 
     def _steps(self, pieces: Sequence[_Piece]) -> Iterator[Pass]:
         """Single tokens, sorted by slot, as few batches as possible."""
@@ -157,7 +178,7 @@ class Planner:
         span = high - low + 1
         profile = self._tactics.generation(span)
         _, usual, most = self._tactics.profiles[profile].batch
-        tuned = usual if span <= usual else most
+        tuned = min(usual if span <= usual else most, self._slots)  # a profile may take more than there are
         base = 0 if high < tuned else min(low, self._slots - tuned)
         taken = {piece.slot for piece in pieces}
         for first, batch in ((base, tuned), (low, span)):
@@ -187,6 +208,7 @@ class Planner:
             np.array(starts, np.int32),
             np.arange(batch, dtype=np.int32),
             np.array(owners, np.int32),
+            self._reach(profile, 1 + max(starts)),  # idle tokens too, for the reason that padding counts
         )
 
 

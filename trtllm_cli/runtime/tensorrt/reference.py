@@ -139,7 +139,8 @@ class ReferenceContext:
 
     def _bounds(self, name: str) -> tuple[Shape, Shape]:
         profile = self._session.tactics.profiles[self._profile]
-        axes = {"token_ids": (profile.batch, profile.tokens), "rows": (profile.rows,)}.get(name, (profile.batch,))
+        known = {"token_ids": (profile.batch, profile.tokens), "rows": (profile.rows,), "seen": (profile.seen,)}
+        axes = known.get(name, (profile.batch,))
         shape = tuple(self._session.inputs[name].shape)
         least, most = list(shape), list(shape)
         for axis, size in enumerate(shape):
@@ -168,3 +169,6 @@ def _check(values: dict[str, torch.Tensor]) -> None:
     ):
         if int(found.min()) < 0 or int(found.max()) > most:
             raise BadInputError("INPUT_WRONG", f"{name} must lie in 0..{most}, they are {found.tolist()}")
+    seen = values["seen"]
+    if not torch.equal(seen, torch.arange(len(seen), dtype=seen.dtype)):
+        raise BadInputError("INPUT_WRONG", f"seen must be 0, 1, .. {len(seen) - 1}, it is {seen.tolist()}")
