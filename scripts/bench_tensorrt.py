@@ -76,13 +76,13 @@ def main() -> int:
     _scored(one)
     one = commands.add_parser("summary", help="tables of a receipt")
     one.add_argument("receipt", type=Path)
-    options = parser.parse_args()
     one = commands.add_parser("merge", help="other receipts' newer rows into one")
     one.add_argument("receipt", type=Path)
     one.add_argument("other", type=Path, nargs="+")
     one = commands.add_parser("profile", help="(what `measure` runs for --only layers)")
     one.add_argument("engine", type=Path)
     one.add_argument("--batch", type=int, required=True)
+    options = parser.parse_args()
     run: dict[str, Callable[[argparse.Namespace], int]] = {
         "prepare": _prepare, "shapes": _shapes, "measure": _measure, "reference": _reference, "summary": _summary,
         "merge": _merge, "profile": _profile,

@@ -26,7 +26,7 @@ from tests.support_gpu import (
 from tests.support_weight_only import KINDS
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
-#: of what the layers add to x: five roundings of intermediates a layer to the type, the last of the sum with x
+#: of what a layer adds to x: five roundings of intermediates to the type, the last of the sum with x; layers add up
 TOLERANCES = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 CALLS = [bench.one_launch, bench.five_launches]
 
@@ -43,10 +43,11 @@ def agrees(x: Tensor, stack: Stack, call: Any = bench.one_launch) -> Tensor:
     with guarded_allocations():
         found = call(x, stack)
     stack.ready.check()
-    assert_close(found.double() - x, wanted - x, TOLERANCES[x.dtype])
+    allowed = TOLERANCES[x.dtype] * len(stack.layers)
+    assert_close(found.double() - x, wanted - x, allowed)
     for pair, exact in zip(cached(stack), written):
         for one, other in zip(pair, exact):
-            assert_close(one, other, TOLERANCES[x.dtype])
+            assert_close(one, other, allowed)
     rows = len(before) * stack.shape.kv_heads * stack.shape.head_size * 2
     after = [bits(pool) for layer in stack.layers for pool in (layer.k_cache, layer.v_cache)]
     assert sum(int((one != other).sum()) for one, other in zip(before, after)) <= rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,35 @@ def test_the_script_runs_whole_on_the_reference_executor(script, tmp_path, capsy
     assert "crowd" not in rows["int8"]
     assert code == (0 if all(row["met"] for row in rows.values()) else 1)
     assert "| bf16 |" in capsys.readouterr().out
+
+
+def test_receipts_made_side_by_side_are_merged_and_shown(script, tmp_path, capsys):
+    def written(name: str, case: str, rows: list[dict[str, Any]]) -> str:
+        measured = {"family": "speed", "case": case, "run": name, "rows": rows}
+        content = {"receipt": 1, "runs": {name: {"read_gb_per_s": 4000}}, "rows": [measured]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        return str(tmp_path / f"{name}.json")
+
+    out = tmp_path / "all.json"
+    others = [
+        written("1", "int8", [row(30, 1.0)]),
+        written("2", "int4", [row(30, 4.0)]),
+        written("3", "int8", [row(30, 2.0)]),
+    ]
+    assert script("merge", str(out), *others) == 0
+    assert script("summary", str(out)) == 0
+    rows = {one["case"]: one for one in json.loads(out.read_text())["rows"]}
+    assert (rows["int8"]["run"], rows["int4"]["run"]) == ("3", "2")
+    shown = capsys.readouterr().out
+    assert shown.count("| int8 | 8 | 4000 (1..2) | 2.000 |") == 2, shown
+
+
+def test_what_measure_runs_in_a_process_of_its_own_is_a_command(tmp_path):
+    """Without an engine there it fails by itself, not for an unknown command."""
+    words = [sys.executable, str(ROOT / "scripts" / "bench_tensorrt.py"), "profile", str(tmp_path), "--batch", "1"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{tmp_path}" in done.stderr
 
 
 def test_a_table_says_what_failed_and_what_was_missed():

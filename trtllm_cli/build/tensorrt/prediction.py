@@ -2,7 +2,8 @@
 
 A build's peak is TensorRT's: it holds weights in several forms while it compiles. The figures below were fitted to
 anonymous memory (resident, without mapped files) of builds with TensorRT-RTX 1.6.1: SmolLM2-135M whole and halved, one
-to four layers of Llama-3.1-8B, every kind of weight, two to four profiles; they are within 25 % of each.
+to four layers of Llama-3.1-8B and the whole of it in int4, every kind of weight, two to four profiles; they are within
+25 % of each (``scripts/receipts/build_tensorrt.json`` has some).
 Mapped checkpoint files come on top where memory is free, and are dropped where it is not.
 """
 
@@ -26,7 +27,7 @@ _BASE, _LAYER = 200 * _MIB, int(3.5 * _MIB)
 #: memory for each byte of a weight: tables and heads, other products of the compute type, and low-bit weights by type
 #: where inputs are not quantized, and where they are
 _TABLE, _DENSE = 1.0, 1.6
-_WEIGHTS: Mapping[str, float] = {"int8": 2.0, "int4": 5.0}
+_WEIGHTS: Mapping[str, float] = {"int8": 2.7, "int4": 5.0}
 _PRODUCTS: Mapping[str, float] = {"int8": 2.0, "fp8": 1.0}
 #: for each byte that a profile of a single sequence keeps in a second layout (merged q, k, v and gate, up)
 _SECOND = 1.9
