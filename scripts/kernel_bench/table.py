@@ -33,6 +33,7 @@ BOUNDS = (
     Bound("mmha", "read", 0.70, "batch 64, context 2k..8k, int8 and fp8 cache: share of read bandwidth"),
     Bound("mmha", "read", 0.60, "batch 1, context 8k..32k: share of read bandwidth"),
     Bound("mmha", "us", 6.0, "batch 1, context 512, 32/8 heads of 128: microseconds"),
+    Bound("decode_layer", "over:five launches", 1.0, "four layers in one launch: over five launches a layer"),
     Bound("pointwise", "copy|read", 0.85, "large: share of bandwidth"),
     Bound("pointwise", "us", 3.0, "one token: microseconds"),
     Bound("sampling", "copy|read", 0.85, "large: share of bandwidth"),

@@ -58,15 +58,20 @@ int choose(const trtllm_w8a8_params& p, int capability, int multiprocessors) {
         const double filled = double(large) / double(ceil_div(large, clusters) * clusters);
         if (large >= clusters * 3 / 4 || filled > 0.7) return kPersistent;
     }
-    // more and smaller blocks where those of 128 rows would leave multiprocessors idle
-    const int rows = p.m <= 32 || (p.m <= 64 && ceil_div(p.n, 128) < multiprocessors) ? 64 : 128;
     const int cols = p.m <= 8 ? 8 : p.m <= 16 ? 16 : p.m <= 32 ? 32 : p.m <= 64 ? 64 : 128;
     // enough blocks to keep every multiprocessor's memory pipe full, none with too short a share of K
-    const int64_t tiles = ceil_div(p.n, rows) * ceil_div(p.m, cols);
-    const int64_t wanted = rows == 64 ? 2 * multiprocessors : multiprocessors;
-    int split = 1;
-    while (split < 8 && tiles * split * 2 <= wanted * 5 / 4 && p.k >= 128 * 4 * split * 2) split *= 2;
-    return split_tactic(rows, cols, split);
+    const auto tiles = [&](int rows) { return ceil_div(p.n, rows) * ceil_div(p.m, cols); };
+    const auto split_of = [&](int rows) {
+        const int64_t wanted = rows == 64 ? 2 * multiprocessors : multiprocessors;
+        int split = 1;
+        while (split < 8 && tiles(rows) * split * 2 <= wanted * 5 / 4 && p.k >= 128 * 4 * split * 2) split *= 2;
+        return split;
+    };
+    // 33 to 64 tokens: smaller blocks, which read the activations twice as often, only where large ones would leave
+    // multiprocessors idle
+    const bool idle = tiles(128) * split_of(128) * 5 < int64_t(multiprocessors) * 4;
+    const int rows = p.m <= 32 || (p.m <= 64 && idle) ? 64 : 128;
+    return split_tactic(rows, cols, split_of(rows));
 }
 
 }  // namespace
