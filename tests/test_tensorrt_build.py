@@ -258,9 +258,10 @@ def test_damaged_plans_are_noticed_without_a_gpu(tmp_path, change, code):
     assert caught.value.code == code
 
 
-def test_an_interrupt_ends_the_build_and_leaves_no_plan(tmp_path):
+@pytest.mark.parametrize("after", [0.05, 0.5, 1.5])
+def test_an_interrupt_ends_the_build_and_leaves_no_plan(tmp_path, after):
     spec = small_spec(num_layers=24, windows=(None,) * 24)
-    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer = threading.Timer(after, lambda: os.kill(os.getpid(), signal.SIGINT))
     started = time.monotonic()
     timer.start()
     with pytest.raises(KeyboardInterrupt):
