@@ -135,6 +135,8 @@ class Comparison:
             if key in (found["key"], older):
                 say(f"{name}: measured before")
                 return found
+        if self.options.measured_only:
+            return {"failed": "not measured"}
         say(f"{name} ...")
         taken: dict[str, Any] = {"key": key, "commit": commit(), "busy_elsewhere": round(foreign_load(), 3)}
         try:
@@ -283,6 +285,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", action="append", default=[], help="peers that match, such as 'llmcompressor GPTQ*'")
     parser.add_argument("--peer-device", choices=("cpu", "cuda"), default="cpu", help="where published packages run")
     parser.add_argument("--keep-older", action="store_true", help="keep ours of other commits; each row tells its own")
+    parser.add_argument("--measured-only", action="store_true", help="only gather what is in --work into a receipt")
     parser.add_argument("--redo", action="store_true", help="measure again what was measured")
     parser.add_argument("--rows", type=int, default=ROWS, help="calibration windows")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="windows of the measurement")
