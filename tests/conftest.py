@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# a shell's background jobs ignore Ctrl-C, and so do the processes that they start: tests of it want it heeded
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pathlib import Path
 

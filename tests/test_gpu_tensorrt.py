@@ -19,11 +19,21 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 from tests.support_artifacts import command
 from tests.support_gpu import needs_gpu
 from tests.support_tensorrt_quantized import Checkpoints
-from tests.support_tensorrt_runtime import CONTEXT, FAMILIES, SLOTS, checkpoint_of, engine_of, family_model
+from tests.support_tensorrt_runtime import (
+    CONTEXT,
+    FAMILIES,
+    SLOTS,
+    checkpoint_of,
+    engine_of,
+    family_model,
+    requests,
+    texts,
+    tokens,
+)
 from trtllm_cli.artifacts.store import Artifact
 from trtllm_cli.build.tensorrt.build import PLAN
 from trtllm_cli.ops.segment import Segment
-from trtllm_cli.runtime.generate import Request, generate
+from trtllm_cli.runtime.generate import Request
 from trtllm_cli.runtime.load import Execution, Loaded, load_checkpoint, load_engine
 from trtllm_cli.runtime.sampling import Sampler, Sampling
 from trtllm_cli.runtime.tensorrt import passes
@@ -59,26 +69,6 @@ def pairs(tmp_path_factory):
         one.engine.executor.close()
 
 
-def tokens(count: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(2, 300, count).astype(np.int32)
-
-
-def requests(count: int, **options) -> list[Request]:
-    rng = np.random.default_rng(5)
-    return [
-        Request(
-            tokens=tuple(int(t) for t in rng.integers(2, 300, rng.integers(1, 30))),
-            max_new_tokens=5 + 3 * i,
-            **options,
-        )
-        for i in range(count)
-    ]
-
-
-def texts(model: Loaded, wanted: list[Request]) -> list[tuple[int, ...]]:
-    return [completion.tokens for completion in generate(model.executor, model.tokenizer, wanted)]
-
-
 def error(found: np.ndarray, expected: np.ndarray) -> float:
     assert found.shape == expected.shape
     assert np.isfinite(found).all()
@@ -110,7 +100,7 @@ def test_every_position_of_a_ragged_batch(pairs, family, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_flight_batching_gives_each_request_the_text_it_gets_alone(pairs, family):
     pair = pairs(family)
-    wanted = requests(11)
+    wanted = requests(11, least=5, step=3)
     together = texts(pair.engine, wanted)
     alone = [texts(pair.engine, [one])[0] for one in wanted]
     of_cpu = texts(pair.source, wanted)
@@ -128,7 +118,7 @@ def test_with_one_generation_profile_texts_are_identical_alone_and_in_flight(pai
     checkpoint = pairs().checkpoint
     engine = engine_of(checkpoint, tmp_path / "engine", dtype="float16", generation_batches=(SLOTS,))
     model = load_engine(engine.path)
-    wanted = requests(9)
+    wanted = requests(9, least=5, step=3)
     assert texts(model, wanted) == [texts(model, [one])[0] for one in wanted]
     model.executor.close()
 

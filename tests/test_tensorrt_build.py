@@ -258,17 +258,52 @@ def test_damaged_plans_are_noticed_without_a_gpu(tmp_path, change, code):
     assert caught.value.code == code
 
 
-@pytest.mark.parametrize("after", [0.05, 0.5, 1.5])
-def test_an_interrupt_ends_the_build_and_leaves_no_plan(tmp_path, after):
+def _interrupted(tmp_path, weights):
     spec = small_spec(num_layers=24, windows=(None,) * 24)
-    timer = threading.Timer(after, lambda: os.kill(os.getpid(), signal.SIGINT))
     started = time.monotonic()
-    timer.start()
     with pytest.raises(KeyboardInterrupt):
-        build_plan(spec, random_weights(spec), "float16", SIZING, (), tmp_path)
+        build_plan(spec, weights(random_weights(spec)), "float16", SIZING, (), tmp_path)
     assert time.monotonic() - started < 30
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_ends_the_build_and_leaves_no_plan(tmp_path):
+    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    _interrupted(tmp_path, lambda source: source)
+
+
+def test_an_interrupt_ends_the_definition(tmp_path):
+    read = []
+
+    def source_of(source):
+        def get(name):
+            read.append(name)
+            if len(read) == 20:
+                os.kill(os.getpid(), signal.SIGINT)
+            return source(name)
+
+        return get
+
+    _interrupted(tmp_path, source_of)
+    assert len(read) == 20
+
+
+@pytest.mark.parametrize("phase", ["first line", "compiling"])
+def test_an_interrupt_while_tensorrt_calls_back_comes_out(tmp_path, monkeypatch, phase):
+    heard = LogReader.hear
+    sent = []
+
+    def hear(self, message):
+        if not sent and (phase == "first line" or message.startswith("Constructing optimization profile")):
+            sent.append(message)
+            os.kill(os.getpid(), signal.SIGINT)
+        heard(self, message)
+
+    monkeypatch.setattr(LogReader, "hear", hear)
+    _interrupted(tmp_path, lambda source: source)
+    assert sent
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------

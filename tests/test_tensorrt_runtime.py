@@ -12,13 +12,22 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 
 from tests.support_artifacts import raises
 from tests.support_tensorrt_quantized import Checkpoints
-from tests.support_tensorrt_runtime import CONTEXT, FAMILIES, SLOTS, checkpoint_of, engine_of, family_model
+from tests.support_tensorrt_runtime import (
+    CONTEXT,
+    FAMILIES,
+    SLOTS,
+    checkpoint_of,
+    engine_of,
+    family_model,
+    requests,
+    texts,
+    tokens,
+)
 from trtllm_cli.artifacts.store import Artifact
 from trtllm_cli.evaluate.stage import decode_weight_bytes
 from trtllm_cli.ops.segment import Segment
 from trtllm_cli.runtime.executor import ChoosingExecutor
-from trtllm_cli.runtime.generate import Request, generate
-from trtllm_cli.runtime.load import Execution, Loaded, load_checkpoint, load_engine
+from trtllm_cli.runtime.load import Execution, load_checkpoint, load_engine
 from trtllm_cli.runtime.sampling import Sampler, Sampling
 from trtllm_cli.runtime.tensorrt import passes
 
@@ -72,25 +81,6 @@ def short_reach(monkeypatch):
 
 
 each_family = pytest.mark.parametrize("pair", FAMILIES, indirect=True)
-
-
-def tokens(count: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(2, 300, count).astype(np.int32)
-
-
-def requests(count: int, **options) -> list[Request]:
-    """Ragged prompts, each with its own length of answer."""
-    rng = np.random.default_rng(5)
-    return [
-        Request(
-            tokens=tuple(int(t) for t in rng.integers(2, 300, rng.integers(1, 30))), max_new_tokens=3 + 2 * i, **options
-        )
-        for i in range(count)
-    ]
-
-
-def texts(model: Loaded, wanted: list[Request]) -> list[tuple[int, ...]]:
-    return [completion.tokens for completion in generate(model.executor, model.tokenizer, wanted)]
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float = 2e-5) -> None:

@@ -33,18 +33,19 @@ print(json.dumps({"wall": time.monotonic() - started, "cpu": time.process_time()
 """
 
 
-#: format -> what its products become, and the seconds promised on an idle machine of two cores
-PROMISED: dict[Format, tuple[dict[str, int], float]] = {
-    "fp16": ({"float16": 211}, 20),
-    "int8": ({"bfloat16": 1, "int8 weights": 210}, 12),
-    "int4": ({"bfloat16": 1, "int4 weights": 210}, 12),
+#: format -> what its products become, and half as much processor time again as the receipt of builds has (14, 19 and
+#: 22 s; the 12 s that were wanted for low-bit weights are not reached)
+EXPECTED: dict[Format, tuple[dict[str, int], float]] = {
+    "fp16": ({"float16": 211}, 21),
+    "int8": ({"bfloat16": 1, "int8 weights": 210}, 28),
+    "int4": ({"bfloat16": 1, "int4 weights": 210}, 33),
 }
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
-@pytest.mark.parametrize("kind", PROMISED)
+@pytest.mark.parametrize("kind", EXPECTED)
 def test_smollm2_builds_within_time_and_memory(tmp_path, capsys, kind):
-    products, seconds = PROMISED[kind]
+    products, seconds = EXPECTED[kind]
     make_checkpoint(tmp_path / "in", SHAPES["smollm2-135m"], kind)
     command = [sys.executable, "-c", BUILD, str(tmp_path / "in"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
@@ -65,5 +66,4 @@ def test_smollm2_builds_within_time_and_memory(tmp_path, capsys, kind):
         assert profile.fallbacks == {}
     assert figures["peak_mib"] < 2048
     assert abs(predicted / peak - 1) < 0.25
-    # other work may share the machine and slows down even what processor time counts: the receipt has the real figure
-    assert figures["cpu"] < 4 * seconds
+    assert figures["cpu"] < seconds

@@ -15,7 +15,7 @@ _PACKAGES = {
     "gguf": "import of GGUF files (extra: gguf)",
     "tensorrt_rtx": "TensorRT engines: build, and run on a GPU (extra: tensorrt)",
     "tensorrt": "TensorRT engines with full TensorRT (extra: tensorrt-full)",
-    "modelopt": "not used by this version (extra: modelopt)",
+    "modelopt": "quantize --provider modelopt (extra: modelopt)",
 }
 _DISTRIBUTIONS = {"tensorrt_rtx": "tensorrt_rtx_cu13", "modelopt": "nvidia-modelopt"}
 

@@ -8,8 +8,11 @@ bit-reproducible.
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,6 @@ from typing import Any
 from trtllm_cli.artifacts.schema import Dtype, LayerQuantization
 from trtllm_cli.artifacts.tensorrt import Range
 from trtllm_cli.build.tensorrt import errors
-from trtllm_cli.build.tensorrt.interruptions import interruptible
 from trtllm_cli.build.tensorrt.linears import Census, census, told
 from trtllm_cli.build.tensorrt.log import LogReader, PlanFacts
 from trtllm_cli.build.tensorrt.module import TensorRT, load
@@ -105,20 +107,19 @@ def build_plan(
         if message.startswith("Constructing optimization profile number "):
             report.advance("compiling", reader.profile, len(ranges), "profiles")
 
-    with errors.listening(trt, hear) as tail, interruptible(trt) as interruptions:
+    with errors.listening(trt, hear) as tail:
         made = new_definition(trt)
         layers, network = made.layers, made.layers.network
-        low_bit = interruptions.reading(quantized.source) if quantized else nothing
-        define(layers, spec, interruptions.reading(weights), dtype, sizing.context, low_bit, forward, choices)
+        define(
+            layers, spec, weights, dtype, sizing.context, quantized.source if quantized else nothing, forward, choices
+        )
         report.say(f"defined {network.num_layers} layers")
         config = _configure(trt, made.builder, spec, dtype, sizing, targets)
-        config.progress_monitor = interruptions.monitor
-        with PlanWriter(trt, directory / PLAN) as writer:
-            interruptions.check()
+        with _interruptible(trt, config) as interrupted, PlanWriter(trt, directory / PLAN) as writer:
             done = made.builder.build_serialized_network_to_stream(network, config, writer.target)
             if writer.error is not None:
                 raise writer.error
-            interruptions.check()
+            interrupted()
             if not done:
                 complaints = "; ".join(filter(None, (made.complaints.take(), layers.complaints.take())))
                 raise errors.build_failed(trt, complaints, list(tail))
@@ -269,3 +270,49 @@ def _report_facts(
 def _span(sizes: Range) -> str:
     least, _, most = sizes
     return str(least) if least == most else f"{least}..{most}"
+
+
+@contextmanager
+def _interruptible(trt: TensorRT, config: Any) -> Iterator[Callable[[], None]]:
+    """Let Ctrl-C (or SIGTERM, where it is handled) cancel the build; call the yielded function after it.
+
+    A Python exception must not travel through TensorRT's frames, so the signal is noted, the progress monitor asks
+    for the end, and the signal's own handler runs afterwards.
+    """
+    noted: list[int] = []
+    base: Any = trt.api.IProgressMonitor
+
+    class Monitor(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            pass
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            return not noted
+
+        def phase_finish(self, phase: str) -> None:
+            pass
+
+    monitor = Monitor()
+    config.progress_monitor = monitor
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                handlers[number] = signal.signal(number, lambda got, frame: noted.append(got))
+
+    def finish() -> None:
+        restore()
+        for number in noted:
+            handlers[number](number, None)
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    try:
+        yield finish
+    finally:
+        restore()

@@ -61,6 +61,20 @@ class Layers:
         output.name = layer.name
         return output
 
+    def binary(self, name: str, a: Tensor, b: Tensor, operation: str) -> Tensor:
+        """An elementwise operation, by its name in TensorRT's ``ElementWiseOperation``. Raises as :meth:`add`."""
+        return self.add("elementwise", name, a, b, getattr(self.trt.api.ElementWiseOperation, operation))
+
+    def cast(self, x: Tensor, dtype: Dtype, name: str) -> Tensor:
+        """x in another type, x itself where it has it. Raises as :meth:`add`."""
+        wanted = self.dtype(dtype)
+        return x if x.dtype == wanted else self.add("cast", name, x, wanted)
+
+    def product(self, name: str, x: Tensor, weight: Tensor) -> Tensor:
+        """``x @ weight.T``, with ``weight`` [N, K] as it is stored. Raises as :meth:`add`."""
+        none, transpose = self.trt.api.MatrixOperation.NONE, self.trt.api.MatrixOperation.TRANSPOSE
+        return self.add("matrix_multiply", name, x, none, weight, transpose)
+
     def constant(self, name: str, bits: NDArray[Any], dtype: Dtype | None = None) -> Tensor:
         """A constant of the array's shape; ``dtype`` where the array only holds bits (bfloat16 as uint16)."""
         name = self._free(name)

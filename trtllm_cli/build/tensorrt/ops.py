@@ -100,7 +100,7 @@ class TrtOps(Ops[Tensor]):
 
         index = net.add("fill", "positions/index", (0, 0), api.FillOperation.LINSPACE, api.int32, configure=ramp)
         column = net.add("shuffle", "positions/starts", starts, configure=_reshape((0, 1)))
-        return self._binary("positions", column, index, "SUM")
+        return self._net.binary("positions", column, index, "SUM")
 
     def embedding(self, token_ids: Tensor, module: str) -> Tensor:
         self._tokens = self._net.add("shuffle", "tokens", token_ids, configure=_reshape((-1,)))
@@ -111,8 +111,7 @@ class TrtOps(Ops[Tensor]):
         if self._quantized.has(module):
             y = self._quantized.linear(x, module)
         else:
-            none, transpose = self._api.MatrixOperation.NONE, self._api.MatrixOperation.TRANSPOSE
-            y = self._net.add("matrix_multiply", module, x, none, self._weight(f"{module}.weight", 2), transpose)
+            y = self._net.product(module, x, self._weight(f"{module}.weight", 2))
         return self._biased(y, module)
 
     def linears(self, x: Tensor, modules: tuple[str, ...]) -> tuple[Tensor, ...]:
@@ -129,15 +128,15 @@ class TrtOps(Ops[Tensor]):
 
     def norm(self, x: Tensor, module: str, spec: NormSpec) -> Tensor:
         net, rank = self._net, len(x.shape)
-        wide = self._cast(x, "float32", f"{module}/float32")
-        square = self._binary(f"{module}/square", wide, wide, "PROD")
+        wide = self._net.cast(x, "float32", f"{module}/float32")
+        square = self._net.binary(f"{module}/square", wide, wide, "PROD")
         last = 1 << (rank - 1)
         mean = net.add("reduce", f"{module}/mean", square, self._api.ReduceOperation.AVG, last, True)
-        shifted = self._binary(f"{module}/mean+eps", mean, self._scalar(spec.eps, "float32", rank), "SUM")
+        shifted = self._net.binary(f"{module}/mean+eps", mean, self._scalar(spec.eps, "float32", rank), "SUM")
         root = net.add("unary", f"{module}/root", shifted, self._api.UnaryOperation.SQRT)
-        unit = self._binary(f"{module}/unit", wide, root, "DIV")
-        narrow = self._cast(unit, self._dtype, f"{module}/{self._dtype}")
-        return self._binary(module, narrow, self._weight(f"{module}.weight", rank), "PROD")
+        unit = self._net.binary(f"{module}/unit", wide, root, "DIV")
+        narrow = self._net.cast(unit, self._dtype, f"{module}/{self._dtype}")
+        return self._net.binary(module, narrow, self._weight(f"{module}.weight", rank), "PROD")
 
     def add(self, a: Tensor, b: Tensor | float) -> Tensor:
         return self._between("residual", a, b, "SUM")
@@ -159,7 +158,7 @@ class TrtOps(Ops[Tensor]):
         return self._net.add("reduce", f"{_module(x)}/mean", x, self._api.ReduceOperation.AVG, last, True)
 
     def float32(self, x: Tensor) -> Tensor:
-        return self._cast(x, "float32", f"{_module(x)}/float32")
+        return self._net.cast(x, "float32", f"{_module(x)}/float32")
 
     def type_as(self, x: Tensor, like: Tensor) -> Tensor:
         return x if x.dtype == like.dtype else self._net.add("cast", f"{_module(x)}/cast", x, like.dtype)
@@ -168,7 +167,7 @@ class TrtOps(Ops[Tensor]):
         api, name = self._api.ActivationType, f"{_module(x)}/{kind}"
         if kind == "silu":
             sigmoid = self._net.add("activation", f"{name}/sigmoid", x, api.SIGMOID)
-            return self._binary(name, x, sigmoid, "PROD")
+            return self._net.binary(name, x, sigmoid, "PROD")
         return self._net.add("activation", name, x, {"gelu": api.GELU_ERF, "gelu_tanh": api.GELU_TANH}[kind])
 
     def split_heads(self, x: Tensor, heads: int, head_dim: int) -> Tensor:
@@ -213,7 +212,7 @@ class TrtOps(Ops[Tensor]):
 
     def attend(self, q: Tensor, cache: KvCache[Tensor], positions: Tensor, spec: AttentionSpec) -> Tensor:
         name = f"{_module(cache.k).removesuffix(_CACHE_SUFFIX)}.attn"
-        scaled = self._binary(f"{_module(q)}/scaled", q, self._scalar(spec.scale, self._dtype, 4), "PROD")
+        scaled = self._net.binary(f"{_module(q)}/scaled", q, self._scalar(spec.scale, self._dtype, 4), "PROD")
         softmax, no_causal = self._api.AttentionNormalizationOp.SOFTMAX, self._api.CausalMaskKind.NONE
         mask = self._mask(positions, spec.window)
         k, v = self._begun(cache.k, spec), self._begun(cache.v, spec)
@@ -270,7 +269,7 @@ class TrtOps(Ops[Tensor]):
 
     def _biased(self, y: Tensor, module: str) -> Tensor:
         bias = f"{module}.bias"
-        return self._binary(f"{module}/biased", y, self._weight(bias, 2), "SUM") if bias in self._shapes else y
+        return self._net.binary(f"{module}/biased", y, self._weight(bias, 2), "SUM") if bias in self._shapes else y
 
     def _columns(self, name: str, x: Tensor, begin: int, width: int) -> Tensor:
         """Columns ``begin`` .. ``begin + width - 1`` of x [tokens, N]."""
@@ -289,19 +288,12 @@ class TrtOps(Ops[Tensor]):
         """An elementwise operation whose second operand may be a number or have fewer axes."""
         if isinstance(b, (int, float)):
             dtype = "float32" if a.dtype == self._api.float32 else self._dtype
-            return self._binary(f"{_module(a)}/{what}", a, self._scalar(float(b), dtype, len(a.shape)), operation)
+            return self._net.binary(f"{_module(a)}/{what}", a, self._scalar(float(b), dtype, len(a.shape)), operation)
         name = f"{_module(b)}/{what}"
         missing = len(a.shape) - len(b.shape)
         if missing > 0:  # TensorRT wants operands of one rank
             b = self._net.add("shuffle", f"{b.name}/axes", b, configure=_reshape((1,) * missing + tuple(b.shape)))
-        return self._binary(name, a, b, operation)
-
-    def _binary(self, name: str, a: Tensor, b: Tensor, operation: str) -> Tensor:
-        return self._net.add("elementwise", name, a, b, getattr(self._api.ElementWiseOperation, operation))
-
-    def _cast(self, x: Tensor, dtype: Dtype, name: str) -> Tensor:
-        wanted = self._net.dtype(dtype)
-        return x if x.dtype == wanted else self._net.add("cast", name, x, wanted)
+        return self._net.binary(name, a, b, operation)
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
         if key not in self._made:
@@ -324,7 +316,7 @@ class TrtOps(Ops[Tensor]):
         def make() -> Tensor:
             ids = self._net.add("shuffle", "ones/ids", self._tokens, configure=_reshape((-1, 1)))
             below = self._net.constant("ones/below", np.full((1, 1), -1, np.int32))
-            return self._cast(self._binary("ones/valid", ids, below, "GREATER"), self._dtype, "ones")
+            return self._net.cast(self._net.binary("ones/valid", ids, below, "GREATER"), self._dtype, "ones")
 
         return self._once(("ones",), make)
 
@@ -382,14 +374,14 @@ class TrtOps(Ops[Tensor]):
             layer.second_transpose = (0, 2, 1, 3)
 
         position = self._net.add("shuffle", f"{name}/position", positions, configure=configure)
-        future = self._binary(f"{name}/future", cache_index, position, "GREATER")
+        future = self._net.binary(f"{name}/future", cache_index, position, "GREATER")
         seen = self._net.add("unary", f"{name}/seen", future, self._api.UnaryOperation.NOT)
         if window is None:
             return seen
         width = self._net.constant(f"{name}/width", np.full((1, 1, 1, 1), window, np.int32))
-        edge = self._binary(f"{name}/edge", position, width, "SUB")
-        recent = self._binary(f"{name}/recent", cache_index, edge, "GREATER")
-        return self._binary(f"{name}/seen_recent", seen, recent, "AND")
+        edge = self._net.binary(f"{name}/edge", position, width, "SUB")
+        recent = self._net.binary(f"{name}/recent", cache_index, edge, "GREATER")
+        return self._net.binary(f"{name}/seen_recent", seen, recent, "AND")
 
 
 def _module(tensor: Tensor) -> str:

@@ -84,14 +84,16 @@ class QuantizedOps:
             if x.name in self._reshaped:
                 # the builder would move the reshape behind the product, which then has three dimensions and no kernel
                 # that takes low-bit weights; a product with a matrix of ones, melted into the kernel before, holds it
-                x = self._once(("held", x.name), lambda: self._binary(f"{x.name}/held", x, self._ones(), "PROD"))
-            return self._product(x, weight, module)
+                x = self._once(("held", x.name), lambda: self._net.binary(f"{x.name}/held", x, self._ones(), "PROD"))
+            return self._net.product(module, x, weight)
         if quantized.activation.granularity == "tensor":
-            return self._product(self._static(x, quantized), weight, module)
+            return self._net.product(module, self._static(x, quantized), weight)
         values, scales = self._by_token(x, quantized.activation)
-        product = self._product(values, weight, module)
-        scaled = self._binary(f"{module}/scaled", self._cast(product, "float32", f"{module}/wide"), scales, "PROD")
-        return self._cast(scaled, self._dtype, f"{module}/{self._dtype}")
+        product = self._net.product(module, values, weight)
+        scaled = self._net.binary(
+            f"{module}/scaled", self._net.cast(product, "float32", f"{module}/wide"), scales, "PROD"
+        )
+        return self._net.cast(scaled, self._dtype, f"{module}/{self._dtype}")
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
@@ -151,14 +153,14 @@ class QuantizedOps:
 
         def make() -> tuple[Tensor, Tensor]:
             net, name, top = self._net, f"{x.name}/tokens", _TOP[activation.type]
-            wide = self._cast(x, "float32", f"{name}/float32")
+            wide = self._net.cast(x, "float32", f"{name}/float32")
             size = net.add("unary", f"{name}/size", wide, self._api.UnaryOperation.ABS)
             largest = net.add("reduce", f"{name}/largest", size, self._api.ReduceOperation.MAX, 1 << 1, True)
             # a token of zeros is divided by something
             floor = self._number(float(np.finfo(np.float32).tiny) * top)
-            bounded = self._binary(f"{name}/bounded", largest, floor, "MAX")
-            scales = self._binary(f"{name}/scale", bounded, self._number(top), "DIV")
-            unit = self._binary(f"{name}/unit", wide, scales, "DIV")
+            bounded = self._net.binary(f"{name}/bounded", largest, floor, "MAX")
+            scales = self._net.binary(f"{name}/scale", bounded, self._number(top), "DIV")
+            unit = self._net.binary(f"{name}/unit", wide, scales, "DIV")
             one = net.constant(f"{name}/one", scale_bits(np.array(1, np.float32), self._dtype, name), self._dtype)
             wide_one = net.constant(f"{name}/wide_one", np.array(1, np.float32))
             return self._through(unit, activation, wide_one, one, name), scales
@@ -175,21 +177,10 @@ class QuantizedOps:
 
     # ---- helpers --------------------------------------------------------------------------------------------------
 
-    def _product(self, x: Tensor, weight: Tensor, module: str) -> Tensor:
-        none, transpose = self._api.MatrixOperation.NONE, self._api.MatrixOperation.TRANSPOSE
-        return self._net.add("matrix_multiply", module, x, none, weight, transpose)
-
     def _number(self, value: float) -> Tensor:
         return self._once(
             ("number", value), lambda: self._net.constant(f"constant/{value:g}", np.full((1, 1), value, np.float32))
         )
-
-    def _binary(self, name: str, a: Tensor, b: Tensor, operation: str) -> Tensor:
-        return self._net.add("elementwise", name, a, b, getattr(self._api.ElementWiseOperation, operation))
-
-    def _cast(self, x: Tensor, dtype: Dtype, name: str) -> Tensor:
-        wanted = self._net.dtype(dtype)
-        return x if x.dtype == wanted else self._net.add("cast", name, x, wanted)
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         if key not in self._made:

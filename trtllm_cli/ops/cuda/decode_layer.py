@@ -7,6 +7,7 @@ operator ``trtllm_cli::decode_layers``. One step is all of a model's work on a t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.ops.cuda import decode_layer_params, decode_layer_twin, library
 from trtllm_cli.ops.cuda.decode_layer_params import DecodeLayer
 from trtllm_cli.ops.cuda.weight_only_packing import PackedWeight, WeightType
+
+#: arguments of the operator after x which make up the layers, see :func:`_layers`
+_PARTS = 12
 
 
 class DecodeLayers:
@@ -142,66 +146,15 @@ def decode_layers(
 
 
 @decode_layers.register_kernel("cpu")
-def _(
-    x: Tensor,
-    k_caches: list[Tensor],
-    v_caches: list[Tensor],
-    data: list[Tensor],
-    scales: list[Tensor],
-    norms: list[Tensor],
-    biases: list[Tensor],
-    multipliers: list[float],
-    qkv_rows: int,
-    wide: int,
-    type: str,
-    group: int,
-    has_zero: bool,
-    page_table: Tensor,
-    lengths: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    table: Tensor,
-    failed: Tensor,
-    workspace: Tensor,
-    norm_eps: float,
-    norm_offset: float,
-    block_keys: int,
-    pdl: bool,
-) -> Tensor:
-    layers = _layers(
-        k_caches, v_caches, data, scales, norms, biases, multipliers, qkv_rows, wide, type, group, has_zero
-    )
+def _(x: Tensor, *rest: Any) -> Tensor:
+    layers = _layers(*rest[:_PARTS])
+    page_table, lengths, cos, sin, _table, _failed, _workspace, norm_eps, norm_offset, *_ = rest[_PARTS:]
     decode_layer_params.check_step(x, layers[0], page_table, lengths, cos, sin, norm_eps)
     return decode_layer_twin.decode_layers(x, layers, page_table, lengths, cos, sin, norm_eps, norm_offset)
 
 
 @decode_layers.register_fake
-def _(
-    x: Tensor,
-    k_caches: list[Tensor],
-    v_caches: list[Tensor],
-    data: list[Tensor],
-    scales: list[Tensor],
-    norms: list[Tensor],
-    biases: list[Tensor],
-    multipliers: list[float],
-    qkv_rows: int,
-    wide: int,
-    type: str,
-    group: int,
-    has_zero: bool,
-    page_table: Tensor,
-    lengths: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    table: Tensor,
-    failed: Tensor,
-    workspace: Tensor,
-    norm_eps: float,
-    norm_offset: float,
-    block_keys: int,
-    pdl: bool,
-) -> Tensor:
+def _(x: Tensor, *_rest: Any) -> Tensor:
     return torch.empty_like(x)
 
 
