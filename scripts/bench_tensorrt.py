@@ -5,6 +5,8 @@
     python scripts/bench_tensorrt.py measure --work W --text FILE [--only quality --only speed ...]
     python scripts/bench_tensorrt.py summary RECEIPT
 
+``measure --together`` loads and warms all engines side by side and times them in turns.
+
 ``prepare`` makes the checkpoints, engines and CPU references of one model in every format; ``shapes`` engines of the
 Llama-3.1-8B shapes with random weights, of a few layers, from which 32 layers are extrapolated (marked so). ``measure``
 runs what it finds below W and updates the receipt after each engine. What is promised and what was reached stands side
@@ -20,8 +22,9 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.tensorrt_bench import prepare as preparing
 from scripts.tensorrt_bench import table, texts
 from scripts.tensorrt_bench.cases import BATCHES, FORMATS, PROMPT
+from scripts.tensorrt_bench.turns import Turn
 
 RECEIPTS = Path(__file__).resolve().parent / "receipts"
 SECTIONS = ("quality", "speed", "layers", "start")
@@ -65,6 +69,10 @@ def main() -> int:
     one.add_argument("--only", action="append", choices=SECTIONS)
     one.add_argument("--format", action="append", help="a format of the model or, as 8b-FORMAT-LAYERS, of the shapes")
     one.add_argument("--repetitions", type=int, default=3)
+    one.add_argument(
+        "--together", type=float, metavar="SECONDS", help="speed and layers: warm side by side, in so many seconds"
+    )
+    one.add_argument("--profile", action="append", metavar="FORMAT", help="with --together: layers of these only")
     one.add_argument("--crowd", type=int, default=CROWD, help="requests at once, each compared with itself alone")
     one.add_argument("--out", type=Path, help="receipt to update")
     one.add_argument("--commit", help="of the sources, where git cannot be asked")
@@ -82,10 +90,13 @@ def main() -> int:
     one = commands.add_parser("profile", help="(what `measure` runs for --only layers)")
     one.add_argument("engine", type=Path)
     one.add_argument("--batch", type=int, required=True)
+    one = commands.add_parser("serve", help="(what `measure --together` runs for each engine)")
+    one.add_argument("engine", type=Path)
+    one.add_argument("--executor", choices=("auto", "reference"), default="auto")
     options = parser.parse_args()
     run: dict[str, Callable[[argparse.Namespace], int]] = {
         "prepare": _prepare, "shapes": _shapes, "measure": _measure, "reference": _reference, "summary": _summary,
-        "merge": _merge, "profile": _profile,
+        "merge": _merge, "profile": _profile, "serve": _serve,
     }  # fmt: skip
     return run[options.command](options)
 
@@ -143,11 +154,16 @@ def _measure(options: argparse.Namespace) -> int:
     if "quality" in sections and options.text is None:
         raise SystemExit("quality needs --text FILE")
     found = sorted(path.parent for path in options.work.glob("*/engine"))
-    chosen = [path for path in found if not options.format or path.name in options.format]
+    chosen = sorted(path for path in found if not options.format or path.name in options.format)
+    if options.format:  # the order in which they were named
+        chosen.sort(key=lambda path: options.format.index(path.name))
+    if options.together is not None and not set(sections) <= {"speed", "layers"}:
+        raise SystemExit("--together measures speed and layers: add --only speed --only layers")
     if not chosen:
         raise SystemExit(f"no engine below {options.work}: run the command prepare or shapes first")
     gpu = torch.cuda.get_device_name() if on_gpu else "reference"
     out = options.out or RECEIPTS / f"tensorrt_{gpu.split()[-1].lower()}.json"
+    turns = _turns(chosen, options) if options.together is not None else {}
     read = gpu_read_bandwidth() if on_gpu else read_bandwidth()
     name = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     run = {
@@ -158,6 +174,16 @@ def _measure(options: argparse.Namespace) -> int:
     }
     print(f"{gpu}, reads {read:.0f} GB/s", flush=True)
     failed = False
+    if options.together is not None:
+        try:
+            for row in _in_turns(turns, sections, options, read):
+                receipt.write(out, receipt.merge(receipt.read(out), name, run, [row]))
+                print(table.line(row), flush=True)
+                failed = failed or "problem" in row
+        finally:
+            for turn in turns.values():
+                turn.end()
+        chosen = []
     for folder in chosen:
         # each row is written at once: what ends the process later on does not take it along
         for row in _rows(folder, sections, options, read):
@@ -169,6 +195,40 @@ def _measure(options: argparse.Namespace) -> int:
             torch.cuda.empty_cache()
     print(table.tables(receipt.read(out)))
     return int(failed)
+
+
+def _turns(chosen: Sequence[Path], options: argparse.Namespace) -> dict[str, Turn]:
+    """A process for each engine, warm or failed."""
+    deadline = time.monotonic() + options.together
+    words = [sys.executable, __file__, "serve", "--executor", options.executor]
+    turns = {folder.name: Turn([*words, str(folder / "engine")]) for folder in chosen}
+    for name, turn in turns.items():
+        try:
+            print(f"{name} warm after {turn.ready(deadline - time.monotonic()):.0f} s", flush=True)
+        except RuntimeError as problem:  # its rows will say so
+            print(f"{name} is not warm: {problem}", flush=True)
+    return turns
+
+
+def _in_turns(
+    turns: dict[str, Turn], sections: list[str], options: argparse.Namespace, read: float
+) -> Iterator[dict[str, Any]]:
+    for name, turn in turns.items():
+        if "speed" in sections:
+            order = {"speed": {"repetitions": options.repetitions, "read_gb_per_s": read}}
+            yield _row("speed", name, functools.partial(turn.order, order))
+    # last, because a process may not outlive its profiler
+    for name, turn in turns.items():
+        for batch in (min(BATCHES), max(BATCHES)):
+            if "layers" in sections and (not options.profile or name in options.profile):
+                yield _row("layers", f"{name} b{batch}", functools.partial(turn.order, {"layers": batch}))
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from scripts.tensorrt_bench.turns import serve
+
+    reference = options.executor == "reference"
+    return serve(options.engine, options.executor, options.engine.parent / "checkpoint" if reference else None)
 
 
 def _rows(folder: Path, sections: list[str], options: argparse.Namespace, read: float) -> Iterator[dict[str, Any]]:

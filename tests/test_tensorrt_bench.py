@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scripts.tensorrt_bench import layers, speed, table, texts
+from scripts.tensorrt_bench import layers, speed, table, texts, turns
 from scripts.tensorrt_bench.cases import PEERS
 from scripts.tensorrt_bench.texts import Parting, Text
 from tests.support_artifacts import CORPUS, convert_to, save_folder, source_of, text_model
@@ -159,6 +159,42 @@ def test_the_script_runs_whole_on_the_reference_executor(script, tmp_path, capsy
     assert "crowd" not in rows["int8"]
     assert code == (0 if all(row["met"] for row in rows.values()) else 1)
     assert "| bf16 |" in capsys.readouterr().out
+    # the process of an engine that is timed in turns, with sizes for a processor
+    small = "from pathlib import Path; from scripts.tensorrt_bench import turns; turns.BATCHES = (1, 2)"
+    small += "; turns.PROMPT, turns.NEW = 8, 4"
+    place = work / "int8"
+    serve = f"{small}; turns.serve(Path({str(place / 'engine')!r}), 'reference', Path({str(place / 'checkpoint')!r}))"
+    turn = turns.Turn([sys.executable, "-c", serve])
+    try:
+        assert turn.ready(200.0) > 0
+        first, second = turn.order({"speed": {"repetitions": 1, "read_gb_per_s": 100.0}})["rows"]
+        assert (first["batch"], second["batch"]) == (1, 2)
+        assert first["profiles"] == ["context", "generation-2", "generation-8", "generation-64"]
+        with pytest.raises(RuntimeError, match="unknown|GPU|NVIDIA|CUDA"):
+            turn.order({"layers": 1})  # which only TensorRT itself can
+    finally:
+        turn.end()
+
+
+def test_an_engine_that_is_not_there_is_a_row_with_the_problem(script, tmp_path):
+    (tmp_path / "bf16" / "engine").mkdir(parents=True)
+    out = tmp_path / "receipt.json"
+    words = ("measure", "--work", str(tmp_path), "--out", str(out), "--commit", "none", "--executor", "reference")
+    assert script(*words, "--only", "speed", "--together", "100") == 1
+    (found,) = json.loads(out.read_text())["rows"]
+    assert found["family"] == "speed"
+    assert "manifest" in found["problem"]
+
+
+def test_a_process_that_keeps_still_or_ends_is_said_to():
+    turn = turns.Turn([sys.executable, "-c", "import time; time.sleep(60)"])
+    with pytest.raises(RuntimeError, match="no answer within"):
+        turn.ready(0.2)
+    turn.end()
+    turn = turns.Turn([sys.executable, "-c", "print('{\"ready\": 1.5}'); raise SystemExit(3)"])
+    assert turn.ready(30.0) == 1.5
+    with pytest.raises(RuntimeError, match="ended with 3|is gone"):
+        turn.order({"layers": 1})
 
 
 def test_receipts_made_side_by_side_are_merged_and_shown(script, tmp_path, capsys):

@@ -37,6 +37,9 @@ FORMATS = {
         Format("fp16", "float16", tolerance=0.003, timed=True),
         Format("int8", "bfloat16", ("--method", "int8-weight-only"), timed=True),
         Format("int4", "bfloat16", ("--method", "int4-weight-only", "--group-size", "64"), timed=True),
+        # the CPU engine computes in float32: where these agree with it and the others part, bfloat16's 8 bits are why
+        Format("int8-fp16", "float16", ("--method", "int8-weight-only"), timed=True),
+        Format("int4-fp16", "float16", ("--method", "int4-weight-only", "--group-size", "64"), timed=True),
         Format("fp8", "bfloat16", ("--method", "fp8", "--activations", "token"), timed=True),
         Format(
             "fp8-static", "bfloat16", ("--method", "fp8", "--weights", "tensor", "--activations", "tensor"),
@@ -44,6 +47,8 @@ FORMATS = {
         ),
         Format("w8a8", "bfloat16", (*_SMOOTHED, "token"), calibrated=True, timed=True),
         Format("w8a8-static", "bfloat16", (*_SMOOTHED, "tensor"), calibrated=True),
+        Format("fp8-fp32", "float32", ("--method", "fp8", "--activations", "token")),
+        Format("w8a8-fp32", "float32", (*_SMOOTHED, "token"), calibrated=True),
     )
 }  # fmt: skip
 

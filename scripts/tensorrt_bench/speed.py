@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from scripts.tensorrt_bench.cases import NEW, PEERS, PROMPT
+from trtllm_cli.artifacts.tensorrt import tensorrt_tactics
 from trtllm_cli.evaluate.bench import bench
 from trtllm_cli.evaluate.stage import decode_weight_bytes
 from trtllm_cli.runtime.load import Loaded
@@ -19,6 +20,7 @@ from trtllm_cli.runtime.load import Loaded
 def speed(model: Loaded, batches: Sequence[int], repetitions: int, read_gb_per_s: float) -> list[dict[str, Any]]:
     """A row a batch."""
     size = decode_weight_bytes(model)
+    profiles = [profile.name for profile in tensorrt_tactics(model.artifact.engine).profiles]
     rows = []
     for batch in batches:
         found = bench(
@@ -36,6 +38,7 @@ def speed(model: Loaded, batches: Sequence[int], repetitions: int, read_gb_per_s
                 "weight_bytes": size,
                 "share_of_read_bandwidth": found.weight_read_gb_per_s / read_gb_per_s,
                 "repetitions": repetitions,
+                "profiles": profiles,
                 "load_s": model.load_seconds,
             }
         )
