@@ -157,6 +157,10 @@ def test_the_output_is_contiguous_whatever_the_query_is() -> None:
         ({"alibi_slopes": torch.ones(3)}, "slopes"),
         ({"window": 3, "causal": False}, "window"),
         ({"q": torch.zeros(4, 4, 128).half()[..., ::2]}, "strided"),
+        (
+            {n: torch.zeros(4, h, 64).bfloat16() for n, h in (("q", 4), ("k", 2), ("v", 2))} | {"half_sums": True},
+            "sums",
+        ),
     ],
 )
 def test_refusals_name_what_is_wrong(change: dict[str, object], words: str) -> None:

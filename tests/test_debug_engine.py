@@ -96,11 +96,11 @@ def test_a_wrong_rotation_is_found_beneath_the_attention(engine, text_checkpoint
     right = TrtOps.rotary
 
     def wrong(self, x, positions, spec):
-        theta = 5000.0 if x.name.startswith("layers.0.attn.k") else spec.theta
+        theta = 5000.0 if x.name.startswith("layers.0.attn.") else spec.theta
         return right(self, x, positions, spec.model_copy(update={"theta": theta}))
 
     monkeypatch.setattr(TrtOps, "rotary", wrong)
-    assert compared(engine, text_checkpoint).departure == "layers.0.attn.k/rotary"
+    assert compared(engine, text_checkpoint).departure == "layers.0.attn.q/rotary"
 
 
 def test_chosen_layers_only_and_their_nearest_inputs(faulty, text_checkpoint):

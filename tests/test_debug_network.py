@@ -101,9 +101,12 @@ def test_arrows_lead_from_what_is_read_to_its_reader(tmp_path):
     assert Counter(re.sub(r"(_cache)[./].*", r"\1", name) for name in names) == {
         "layers.0.mlp.down/residual": 2,  # the norm, and the sum after attention
         "layers.1.attn_norm": 3,
-        "layers.1.attn.q/scaled": 1,
-        "layers.1.attn.k/rotary": 1,
-        "layers.1.attn.v/split_heads": 1,
+        "layers.1.attn.q": 1,  # these three are split and turned as one
+        "layers.1.attn.k": 1,
+        "layers.1.attn.v": 1,
+        "layers.1.attn.qkv/scaled": 1,
+        "layers.1.attn.qkv/k": 1,
+        "layers.1.attn.qkv/v": 1,
         "layers.1.k_cache": 3,  # as it was; updated to attention and to the output
         "layers.1.v_cache": 3,
         "layers.1.attn/merge_heads": 1,

@@ -244,6 +244,24 @@ def test_fused_variants(how: dict[str, Any], dtype: torch.dtype, cache_dtype: to
     fused([300, 1, 33, 128], dtype=dtype, cache_dtype=cache_dtype, **how)
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.int8, FP8])
+@pytest.mark.parametrize("scale", [2.0**-6, 0.0371, 1e-20, 3e-38, 1e20])
+def test_new_rows_are_rounded_as_a_division_rounds_them(scale: float, cache_dtype: torch.dtype) -> None:
+    """Quotients near the grid and its middles, on them, and beyond the grid; scales down to where they lose digits."""
+    p = problem([7] * 64, heads=8, kv_heads=8, size=256, fused=True, cache_dtype=cache_dtype)
+    quotients = torch.randint(-300, 301, p.q.shape, device="cuda") / 2 + torch.randn(p.q.shape, device="cuda") / 64
+    quotients[:, ::7] *= 1e-3
+    quotients[:, ::11] = quotients[:, ::11].round() / 2
+    p.q.copy_(quotients.mul(scale).clamp(-3e38, 3e38))
+    p.scales["k_scale"].fill_(scale)
+    p.scales["v_scale"].fill_(scale * 1.37)
+    wanted = [x.clone() for x in p.cache[:2]]
+    mmha_twin.append(p.q, *wanted, p.page_table, p.lengths, cos=None, sin=None, **p.scales)
+    mmha.mmha_append(p.q, *p.cache, p.workspace(8), **p.options, **p.scales)
+    for found, exact in zip(p.cache[:2], wanted, strict=True):
+        assert_same_bits(found, exact, "the cache and the twin's")
+
+
 @gpu_examples
 @given(
     lengths=st.lists(st.integers(0, 600), min_size=1, max_size=6),

@@ -79,6 +79,21 @@ def test_gated(n: int, width: int, dtype: torch.dtype, activation: Any, gap: int
     assert_quantized(static, wide, type, scale)
 
 
+@pytest.mark.parametrize("type", ["int8", "fp8"])
+@pytest.mark.parametrize("width", [4096, 7176, 14336, 16000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gated_of_many_tokens(dtype: torch.dtype, width: int, type: Any) -> None:
+    """A block has several rows then, with a scale each; each row has its own size, so that none passes for another."""
+    from trtllm_cli.ops.cuda import pointwise, pointwise_twin
+
+    torch.manual_seed(0)
+    sizes = torch.linspace(0.1, 4, 1400, device="cuda")[:, None]
+    gate, up = (with_row_gap((torch.randn(1400, width, device="cuda") * sizes).to(dtype), 8) for _ in range(2))
+    with guarded_allocations():
+        found = pointwise.gated(gate, up, "silu", type)
+    assert_quantized(found, pointwise_twin.gated(gate.double(), up.double(), "silu").out, type)
+
+
 @gpu_examples
 @given(
     tokens,
@@ -242,6 +257,46 @@ def test_rotary(
     assert untouched.sum() >= pages * 2 * kv * page_size - 25 * 2 * kv
     same = (found_pools.view(torch.uint8) == both.view(torch.uint8)).view(pages, 2, kv, page_size, -1).all(-1)
     assert bool((same | ~untouched).all())
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("eight", [None, torch.int8, FP8])
+@pytest.mark.parametrize("heads", [(32, 8), (20, 5)])
+def test_rotary_of_many_tokens(heads: tuple[int, int], eight: Any, interleaved: bool, normed: bool) -> None:
+    """A thread has several heads of its token then, the last of which may not exist."""
+    from trtllm_cli.ops.cuda import pointwise_twin, rotary
+
+    torch.manual_seed(0)
+    (query, kv), size, length, page_size = heads, 128, 1500, 16
+    pages = -(-length // page_size)
+    positions = torch.randperm(length, device="cuda").int()
+    positions[7], positions[8] = -1, length + 100
+    page_table = torch.randperm(pages, device="cuda").int()[None]
+    angles = torch.rand(length, size // 2, device="cuda") * 6
+    options: Any = {"heads": query, "cos": angles.cos(), "sin": angles.sin(), "interleaved": interleaved, "eps": 1e-5}
+    if normed:
+        options |= {name: random(size, dtype=torch.bfloat16) for name in ("q_norm", "k_norm")}
+    if eight:
+        options |= {name: torch.rand(kv, device="cuda") * 0.03 + 0.01 for name in ("k_scale", "v_scale")}
+    qkv = random(length, (query + 2 * kv) * size, dtype=torch.bfloat16)
+    found_pools = torch.ones(2, pages, kv, page_size, size, device="cuda").to(eight or torch.bfloat16)
+    twin_pools = found_pools.clone()
+    where = (torch.zeros_like(positions), page_table)
+    with guarded_allocations():
+        q, k = rotary.rotary(qkv, positions, *where, *found_pools, **options, with_k=True)
+    doubled = {name: x.double() if isinstance(x, Tensor) else x for name, x in options.items()}
+    wanted_q, wanted_k = pointwise_twin.rotary(qkv.double(), positions, *where, *twin_pools, **doubled)
+    assert k is not None
+    assert_close(q, wanted_q)
+    assert_close(k, wanted_k)
+    if eight is None:
+        assert_close(found_pools, twin_pools.double())
+    else:
+        a, b = found_pools.float(), twin_pools.float()
+        step = 1 if eight == torch.int8 else b.abs() * 0.125 + 2**-9
+        assert bool(((a - b).abs() <= step).all())
+        assert (a != b).float().mean() < 0.01
 
 
 def test_q_may_be_rotated_in_place() -> None:

@@ -23,6 +23,8 @@ from tests.support_gpu import (
     with_row_gap,
 )
 from tests.support_weight_only import KINDS, made_weight
+from trtllm_cli.ops.cuda.weight_only_packing import pack_8bit_weight, pack_int4_weight
+from trtllm_cli.ops.quantized import pack_int4
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 DTYPES = [torch.bfloat16, torch.float16]
@@ -35,7 +37,9 @@ def agrees(x: Tensor, weight: Any, **options: Any) -> Tensor:
     with guarded_allocations():
         found = weight_only.linear(x, weight, **options)
     # the kernel rounds the normalised activations to x's type: so does the reference, with float64 sums
-    wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in options.items()}
+    wide: dict[str, Any] = {
+        name: value.double() if isinstance(value, Tensor) else value for name, value in options.items()
+    }
     wide = {name: value for name, value in wide.items() if name not in ("pdl", "tactic")}
     norm = wide.pop("norm_weight", None)
     eps, offset = wide.pop("norm_eps", 1e-5), wide.pop("norm_offset", 0.0)
@@ -44,6 +48,19 @@ def agrees(x: Tensor, weight: Any, **options: Any) -> Tensor:
         left = left * torch.rsqrt(left.square().mean(-1, keepdim=True) + eps) * (offset + norm)
         left = left.to(x.dtype).double()
     assert_close(found, weight_only_twin.weight_only_linear(left, weight, **wide))
+    return found
+
+
+def agrees_token_by_token(x: Tensor, weight: Any, **options: Any) -> Tensor:
+    """As `agrees`, where tokens differ so much in size that the largest would hide the others."""
+    from trtllm_cli.ops.cuda import weight_only, weight_only_twin
+
+    found = weight_only.linear(x, weight, **options)
+    wanted = weight_only_twin.weight_only_linear(x.double(), weight, **options)
+    for token in range(len(x)):
+        # scaled to numbers whose squares float32 holds
+        by = float(wanted[token].abs().max())
+        assert_close((found[token].double() / by).to(x.dtype), wanted[token] / by)
     return found
 
 
@@ -186,6 +203,63 @@ def test_large_activations_do_not_overflow_between() -> None:
     x = activations(2, 512, torch.float16) * 2048
     norm = torch.ones(512, device="cuda", dtype=torch.float16)
     agrees(x, weight, norm_weight=norm)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_of_any_magnitude_keep_their_precision(kind: str) -> None:
+    # the kernels carry them as float16 numbers times a power of two of their own: each token has to be right by itself
+    weight = made_weight(kind, 96, 1024, torch.bfloat16)
+    made = torch.Generator("cuda").manual_seed(1)
+    x = activations(8, 1024, torch.bfloat16)
+    spread = torch.randint(-12, 13, x.shape, generator=made, device="cuda")  # among the inputs of a token
+    tokens = torch.tensor([-100, -40, -14, 0, 3, 14, 40, 90], device="cuda")[:, None]
+    x = torch.ldexp(x.float(), spread + tokens).bfloat16()
+    x[3, :512] = 0  # where all are zero there is no largest
+    agrees_token_by_token(x, weight)
+    agrees_token_by_token(x[2:3], weight)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("largest", [1.0, 2.0**12, 2.0**24])
+def test_a_large_activation_leaves_the_others_their_precision(kind: str, largest: float) -> None:
+    # its weights are zero, so that only the small ones count
+    n, k = 64, 768
+    if kind == "int4":
+        codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
+        codes[:, 64] = 8
+        weight = pack_int4_weight(pack_int4(codes), torch.full((n, k // 128), 2.0**-6, device="cuda").half())
+    else:
+        values = torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8)
+        values[:, 64] = 0
+        stored = values if kind == "int8" else (values.float() / 4).to(torch.float8_e4m3fn)
+        weight = pack_8bit_weight(stored, torch.full((n,), 2.0**-9, device="cuda"))
+    x = activations(3, k, torch.bfloat16)
+    x[:, 64] = largest
+    agrees_token_by_token(x, weight)
+
+
+@pytest.mark.parametrize("kind", ["int4 g128", "int8", "fp8", "dense"])
+def test_a_token_that_is_not_finite_spoils_no_other(kind: str) -> None:
+    from trtllm_cli.ops.cuda import weight_only
+
+    weight = made_weight(kind, 80, 640, torch.bfloat16)
+    x = activations(5, 640, torch.bfloat16)
+    wanted = weight_only.linear(x, weight)
+    x[1, 7], x[3, 600] = float("inf"), float("nan")
+    found = weight_only.linear(x, weight)
+    assert torch.equal(found[[0, 2, 4]], wanted[[0, 2, 4]])
+    assert not bool(torch.isfinite(found[[1, 3]]).any())
+
+
+@pytest.mark.parametrize("kind", ["int4 g32 zero", "int4 g128", "int8", "fp8", "dense"])
+@pytest.mark.parametrize("k", [8192, 16384, 53248])
+def test_long_inputs(kind: str, k: int) -> None:
+    weight = made_weight(kind, 208, k, torch.bfloat16)
+    norm = activations(1, k, torch.bfloat16, 3)[0]
+    for m in (1, 2, 8):
+        x = activations(m, k, torch.bfloat16)
+        agrees(x, weight)
+        agrees(x, weight, norm_weight=norm)
 
 
 def test_an_output_between_canaries() -> None:

@@ -88,7 +88,7 @@ def test_profiled_kernels_are_put_together_by_what_they_do():
         return Kernel(name=name, type=type, inputs=(), constants=(), outputs=(), sources=sources)
 
     kernels = (
-        kernel("_gemm_1_myl1_3", "gemm", "layers.0.attn.q", "layers.0.attn.k", "layers.0.attn.v"),
+        kernel("_gemm_1_myl1_3", "gemm", "layers.0.attn.q+layers.0.attn.k", "layers.0.attn.v#2"),
         kernel("_gemm_2_myl1_7", "gemm", "lm_head"),
         kernel("_gemv_mha_v1_myl1_5", "gemm"),
         kernel("norm_myl1_2", "kgen", "layers.0.attn_norm", "layers.0.attn.o/residual"),

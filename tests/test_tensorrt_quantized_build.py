@@ -72,6 +72,22 @@ def test_every_product_becomes_the_intended_kernel_and_attention_is_fused(
         assert all(kernel.sources for kernel in profile.kernels if kernel.type in ("gemm", "runtime_fusion"))
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8-static", "fp8-static-rows", "fp8-token", "w8a8-static"])
+def test_products_of_one_input_are_one_kernel_and_q_and_k_are_turned_by_one(quantized, tmp_path, scheme):
+    build(quantized(scheme), tmp_path / "out")
+    facts = PlanFacts.model_validate_json((tmp_path / "out" / LAYERS).read_bytes())
+    inputs = ({f"layers.0.attn.{part}" for part in "qkv"}, {"layers.0.mlp.gate", "layers.0.mlp.up"})
+    for profile in facts.profiles:
+        products = [kernel for kernel in profile.kernels if kernel.type in ("gemm", "runtime_fusion")]
+        named = [{part for source in kernel.sources for part in source.split("+")} for kernel in products]
+        for modules in inputs:
+            assert [modules <= names for names in named if modules & names] == [True], modules
+        turning = [set(kernel.sources) for kernel in profile.kernels if "layers.0.attn.qkv/rotary" in kernel.sources]
+        assert len(turning) == 1
+        caches = {"layers.0.k_cache/update", "layers.0.v_cache/update"}
+        assert profile is facts.profiles[0] or caches <= turning[0]
+
+
 def test_without_a_quantization_products_count_as_the_compute_type(quantized, tmp_path):
     said = Said()
     engine = build(quantized.dense(), tmp_path / "out", said, dtype="float16").engine

@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(HopperShape<D>::kThreads, 1) hopper_kernel(con
         ptx::barrier_init(&barriers.q_full, 1);
         ptx::barrier_init(&barriers.q_empty, Shape::kGroups);
         ptx::barrier_init(&barriers.tile_full, 1);
-        ptx::barrier_init(&barriers.tile_empty, Shape::kGroups);
+        // every thread says itself that it has read `tile`
+        ptx::barrier_init(&barriers.tile_empty, 128 * Shape::kGroups);
         for (int i = 0; i < kStages; ++i) {
             ptx::barrier_init(&barriers.k_full[i], 1);
             ptx::barrier_init(&barriers.v_full[i], 1);

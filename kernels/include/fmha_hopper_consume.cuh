@@ -95,8 +95,7 @@ __device__ __forceinline__ void consume(const HopperArguments& a, unsigned char*
     for (uint32_t tile_parity = 0;; tile_parity ^= 1) {
         wait(&barriers.tile_full, tile_parity);
         const int index = barriers.tile;
-        ptx::named_barrier_sync<128>(8 + group);
-        if (leader) ptx::barrier_arrive(&barriers.tile_empty);
+        ptx::barrier_arrive(&barriers.tile_empty);
         if (index >= a.schedule.tiles) return;
         const Tile at(a.schedule, Shape::kRows, index);
         const Sequence s(p, at.batch);

@@ -303,7 +303,7 @@ struct Warp {
     }
 
     // This warp's sums where all can read them: sums [kRows][kSumPitch], statistics [kRows] of (maximum, sum).
-    __device__ __forceinline__ void leave(float* sums, float2* statistics) {
+    __device__ __forceinline__ void leave(float* sums, float2* statistics) const {
         sums += warp * S::kRows * S::kSumPitch;
         statistics += warp * S::kRows;
 #pragma unroll

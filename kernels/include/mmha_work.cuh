@@ -4,7 +4,7 @@
 // them). Its keys are cut into units. The units of all pairs form one line, which is cut into equal runs, one a block:
 // every block has the same work whatever the lengths are, and nobody reads them on the host. Where all sequences have
 // as many units, cuts move to ends of pairs if that makes the longest run hardly longer. A pair that several runs share
-// is put together by the block with the last of them (see mmha_grid.cuh). The idea is that of "stream-K" products
+// is put together by the block with the last of them (see mmha_parts.cuh). The idea is that of "stream-K" products
 // (Osama et al., 2023) applied to flash-decoding.
 #pragma once
 

@@ -38,7 +38,7 @@ def cases(ceilings: Ceilings) -> list[Case]:
         for m in (1, 8)
     ]
     found += [_product("fp8", 1, n, k, share) for (n, k), share in LAYER.items()]
-    found += [_product("dense", m, n, k, share) for (n, k), share in LAYER.items() for m in (1, 8)]
+    found += [_product("dense", m, n, k, share) for (n, k), share in LAYER.items() for m in (1, 2, 4, 8)]
     found += [_product("dense", 1, 128256, 4096, 0.8), _product("int8", 1, 128256, 4096, 0.8)]
     for kind in ("int4 g128", "int8", "dense"):
         found += [_chain(kind, m) for m in (1, 4)]

@@ -89,7 +89,8 @@ def _part(kernel: Kernel | None, name: str, spec: DecoderSpec) -> str:
         return "attention"
     if kernel is None:
         return "kernels unknown to the build log"
-    sources = {source.partition("#")[0] for source in kernel.sources}
+    # a layer whose name was taken carries a number; a merged product bears the names of all its modules
+    sources = {part for source in kernel.sources for part in source.partition("#")[0].split("+")}
     if kernel.type != "kgen":
         if head(spec) in sources:
             return "head"

@@ -17,15 +17,18 @@ from trtllm_cli.evaluate.stage import decode_weight_bytes
 from trtllm_cli.runtime.load import Loaded
 
 
-def speed(model: Loaded, batches: Sequence[int], repetitions: int, read_gb_per_s: float) -> list[dict[str, Any]]:
+def speed(
+    model: Loaded, batches: Sequence[int], repetitions: int, read_gb_per_s: float, warm_ups: int = 1
+) -> list[dict[str, Any]]:
     """A row a batch."""
     size = decode_weight_bytes(model)
     profiles = [profile.name for profile in tensorrt_tactics(model.artifact.engine).profiles]
     rows = []
     for batch in batches:
         found = bench(
-            model.executor, model.load_seconds, size, PROMPT, NEW, batch, repetitions, bandwidth_gb_per_s=read_gb_per_s
-        )
+            model.executor, model.load_seconds, size, PROMPT, NEW, batch, repetitions,
+            warm_ups=warm_ups, bandwidth_gb_per_s=read_gb_per_s,
+        )  # fmt: skip
         slowest, fastest = found.decode_range
         rows.append(
             {

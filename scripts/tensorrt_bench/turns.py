@@ -130,7 +130,7 @@ def _obey(model: Any, engine: Path, order: dict[str, Any]) -> dict[str, Any]:
     if "speed" in order:
         from scripts.tensorrt_bench.speed import speed
 
-        return {"rows": speed(model, BATCHES, **order["speed"])}
+        return {"rows": speed(model, BATCHES, warm_ups=0, **order["speed"])}  # all of it ran before
     from scripts.tensorrt_bench.layers import layers
     from trtllm_cli.artifacts.store import open_artifact
 

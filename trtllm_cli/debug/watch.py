@@ -139,6 +139,17 @@ class Watching(Ops[T]):
         module = self._module(up)
         return self._point(f"{module}/product", module, self._inner.gated(gate, up, kind), gate, up)
 
+    def heads(
+        self, q: T, k: T, v: T, positions: T, spec: AttentionSpec, qk_norm: tuple[str, str, NormSpec] | None
+    ) -> tuple[T, T, T]:
+        if qk_norm is not None or self._composed("heads"):
+            return super().heads(q, k, v, positions, spec, qk_norm)
+        qh, kh, vh = self._inner.heads(q, k, v, positions, spec, qk_norm)
+        for turned, x in ((qh, q), (kh, k)):
+            module = self._module(x)
+            self._point(f"{module}/rotary", module, turned, x)
+        return qh, kh, self._through(vh, v)
+
     def self_attention(
         self,
         q: T,

@@ -2,7 +2,7 @@
 
 Prefill is one forward pass over ``batch`` prompts of ``prompt_tokens`` random tokens, logits for the last token of
 each; its time is the time to the first token. Decode is the ``new_tokens - 1`` forward passes of one token a sequence
-that follow, the greedy choice included. One repetition before the counted ones warms caches and clocks. Token ids are
+that follow, the greedy choice included. A repetition before the counted ones warms caches and clocks. Token ids are
 drawn at random with a fixed seed: equal or zero tokens would flatter executors whose speed depends on the data.
 """
 
@@ -47,14 +47,15 @@ def bench(
     repetitions: int = 5,
     *,
     seed: int = 0,
+    warm_ups: int = 1,
     bandwidth_gb_per_s: float | None = None,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Measure one shape.
 
     ``weight_bytes`` is what one decode step must read of the weights, ``bandwidth_gb_per_s`` a ceiling measured with
-    :func:`read_bandwidth`. Raises UsageError for senseless sizes, DoesNotFitError when the shape exceeds the engine's
-    context or slots, BadInputError when the model returns NaN.
+    :func:`read_bandwidth`; ``warm_ups`` repetitions are not counted. Raises UsageError for senseless sizes,
+    DoesNotFitError when the shape exceeds the engine's context or slots, BadInputError when the model returns NaN.
     """
     for name, value, least in (
         ("prompt-tokens", prompt_tokens, 1),
@@ -73,10 +74,10 @@ def bench(
         )
     random = np.random.default_rng(seed)
     timings: list[Timing] = []
-    for number in range(repetitions + 1):
+    for number in range(1 - warm_ups, repetitions + 1):
         prompts = random.integers(1, executor.vocab_size, (batch, prompt_tokens), dtype=np.int32)
         timing = run_once(executor, prompts, new_tokens)
-        if number:
+        if number > 0:
             timings.append(timing)
             if progress is not None:
                 progress(number, repetitions, batch * (new_tokens - 1) / timing.decode_s)

@@ -171,6 +171,18 @@ class Ops(ABC, Generic[T]):
         """``activation(gate) * up``."""
         return self.mul(self.activation(gate, kind), up)
 
+    def heads(
+        self, q: T, k: T, v: T, positions: T, spec: AttentionSpec, qk_norm: tuple[str, str, NormSpec] | None
+    ) -> tuple[T, T, T]:
+        """Projected q, k, v as [B, heads, S, D], with head norms and rotary. See :meth:`self_attention`."""
+        qh = self.split_heads(q, spec.num_heads, spec.head_dim)
+        kh = self.split_heads(k, spec.num_kv_heads, spec.head_dim)
+        vh = self.split_heads(v, spec.num_kv_heads, spec.head_dim)
+        if qk_norm is not None:
+            q_module, k_module, norm = qk_norm
+            qh, kh = self.norm(qh, q_module, norm), self.norm(kh, k_module, norm)
+        return self.rotary(qh, positions, spec.rotary), self.rotary(kh, positions, spec.rotary), vh
+
     def self_attention(
         self,
         q: T,
@@ -186,12 +198,6 @@ class Ops(ABC, Generic[T]):
 
         ``qk_norm`` names the modules of the per-head norms of q and k, applied before rotary.
         """
-        qh = self.split_heads(q, spec.num_heads, spec.head_dim)
-        kh = self.split_heads(k, spec.num_kv_heads, spec.head_dim)
-        vh = self.split_heads(v, spec.num_kv_heads, spec.head_dim)
-        if qk_norm is not None:
-            q_module, k_module, norm = qk_norm
-            qh, kh = self.norm(qh, q_module, norm), self.norm(kh, k_module, norm)
-        qh, kh = self.rotary(qh, positions, spec.rotary), self.rotary(kh, positions, spec.rotary)
+        qh, kh, vh = self.heads(q, k, v, positions, spec, qk_norm)
         cache = self.cache_update(cache, kh, vh, starts)
         return self.merge_heads(self.attend(qh, cache, positions, spec)), cache

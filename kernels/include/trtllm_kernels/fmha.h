@@ -56,7 +56,8 @@ typedef struct trtllm_fmha_params {
     float scale;                 /* > 0 */
     float soft_cap;              /* 0 for none */
     int32_t dtype;               /* float16 or bfloat16, of q, k, v and out */
-    int32_t half_sums;           /* float16 only: products summed in float16 within a tile, where that is faster */
+    int32_t half_sums;           /* float16 only: products may be summed in float16 within a tile. Kernel 1 does so, kernel 0
+                                    where that is faster (not on 8.0, 9.0, 10.0), kernel 2 refuses */
     int32_t kernel;              /* 0: the best one; 1: portable; 2: Hopper's (refused where it cannot serve) */
     int32_t pdl;                 /* let this launch overlap the end of the kernel before it */
 } trtllm_fmha_params;

@@ -12,10 +12,12 @@ namespace {
 const Capability capability(
     R"({"kernel": "fmha", "family": "fmha", "min_compute_capability": 80, "dtypes": ["float16", "bfloat16"],
         "head_sizes": [64, 80, 96, 128, 256], "page_sizes": [16, 32, 64, 128],
-        "features": ["causal", "full", "packed", "paged", "grouped", "window", "soft_cap", "alibi", "log_sum_exp"]})");
+        "features": ["causal", "full", "packed", "paged", "grouped", "window", "soft_cap", "alibi", "log_sum_exp",
+                     "float16 sums"]})");
 const StructSize size("trtllm_fmha_params", sizeof(trtllm_fmha_params));
 
-// The GPUs of 8.0 and 9.0 sum in float32 at full rate; the portable kernel asked for by name takes the wish as it is.
+// Where float32 sums run at the rate of float16 ones (8.0, 9.0, 10.0) narrow sums would only lose digits, so whoever lets
+// the library choose gets wide ones; the portable kernel asked for by name takes the wish as it is.
 bool half_sums(const trtllm_fmha_params& p) {
     const int capability = compute_capability();
     return p.half_sums && (p.kernel == 1 || (capability != 80 && capability != 90 && capability != 100));
@@ -75,6 +77,11 @@ extern "C" int trtllm_fmha_supports(const trtllm_fmha_params* p, int capability)
     if (p->half_sums && p->dtype != TRTLLM_FLOAT16) {
         return refuse(invalid, "fmha sums in float16 only for float16, not %s: leave half_sums off",
                       name_of(trtllm_dtype(p->dtype)));
+    }
+    if (p->half_sums && p->kernel == 2) {
+        return refuse(invalid,
+                      "fmha's kernel 2 sums in float32, which this GPU does at the rate of float16: leave half_sums off, or "
+                      "ask for kernel 1");
     }
     if (p->kernel < 0 || p->kernel > 2) {
         return refuse(invalid, "fmha knows kernels 0 (the best one), 1 (portable) and 2 (Hopper's), not %d", p->kernel);

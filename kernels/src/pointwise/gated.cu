@@ -105,6 +105,82 @@ __global__ void __launch_bounds__(1024) gated_token_kernel(const __grid_constant
     write_row<T, V, N>(value, row, int(p.width), p.out, p.out_stride, p.out_dtype, nullptr, p.token_scales, largest);
 }
 
+// Many tokens (compute capability 9.0): each block works through rows of its own, and while it works on one, the next
+// are on their way to shared memory. Without that, loads would rest whenever a block meets to find its row's scale.
+constexpr int kStreamRows = 3;
+
+template <typename T, int V, int N>
+__global__ void __launch_bounds__(1024) gated_stream_kernel(const __grid_constant__ trtllm_gated_params p) {
+#if __CUDA_ARCH__ >= 900
+    extern __shared__ __align__(16) unsigned char rows[];
+    __shared__ float largest[2][32];
+    __shared__ uint64_t arrived[kStreamRows];
+    const int width = int(p.width), bytes = width * int(sizeof(T));
+    const auto gate = [&](int slot) { return reinterpret_cast<T*>(rows + size_t(slot) * 2 * bytes); };
+    const auto fetch = [&](int64_t row, int slot) {
+        ptx::barrier_expect(&arrived[slot], uint32_t(2 * bytes));
+        ptx::copy_bulk(gate(slot), static_cast<const T*>(p.gate) + row * p.gate_stride, bytes, &arrived[slot]);
+        ptx::copy_bulk(gate(slot) + width, static_cast<const T*>(p.up) + row * p.up_stride, bytes, &arrived[slot]);
+    };
+    if (threadIdx.x == 0) {
+        for (int slot = 0; slot < kStreamRows; ++slot) ptx::barrier_init(&arrived[slot], 1);
+        ptx::barrier_init_fence();
+    }
+    __syncthreads();
+    ptx::wait_for_previous_kernel();
+    ptx::let_next_kernel_start();
+    if (threadIdx.x == 0) {
+        for (int slot = 0; slot < kStreamRows; ++slot) {
+            const int64_t row = blockIdx.x + int64_t(slot) * gridDim.x;
+            if (row < p.tokens) fetch(row, slot);
+        }
+    }
+    const bool int8 = p.out_dtype == TRTLLM_INT8;
+    int slot = 0, turn = 0;
+    uint32_t parity = 0;
+    for (int64_t row = blockIdx.x; row < p.tokens; row += gridDim.x) {
+        ptx::barrier_wait(&arrived[slot], parity);
+        const T* from = gate(slot);
+        float y[N][V];
+        float most = 0.0f;
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            const int at = int(threadIdx.x + n * blockDim.x) * V;
+            if (at >= width) continue;
+            float by[V];
+            widen<T, V>(y[n], load<T, V>(from + at));
+            widen<T, V>(by, load<T, V>(from + width + at));
+#pragma unroll
+            for (int i = 0; i < V; ++i) {
+                y[n][i] = activate(y[n][i], p.activation) * by[i];
+                most = fmaxf(most, fabsf(y[n][i]));
+            }
+        }
+        const float scale = token_scale(over_row<Largest>(most, largest[turn]), int8);
+        // everybody has read the row by now
+        if (threadIdx.x == 0) {
+            p.token_scales[row] = scale;
+            const int64_t next = row + int64_t(kStreamRows) * gridDim.x;
+            if (next < p.tokens) fetch(next, slot);
+        }
+        const Divisor divided(scale);
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            const int at = int(threadIdx.x + n * blockDim.x) * V;
+            if (at >= width) continue;
+#pragma unroll
+            for (int i = 0; i < V; ++i) y[n][i] = divided(y[n][i]);
+            store_8bit(static_cast<uint8_t*>(p.out) + row * p.out_stride + at, y[n], int8);
+        }
+        turn ^= 1;
+        if (++slot == kStreamRows) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+#endif
+}
+
 // A few tokens: each over a cluster of blocks, since the exponentials of a row would keep one multiprocessor busy for
 // longer than all else takes.
 template <typename T, int V>
@@ -180,6 +256,15 @@ void launch_gated(const trtllm_gated_params& p, cudaStream_t stream) {
         if (fits && blocks > 1 && blocks <= 8 && p.tokens * blocks <= multiprocessors() && compute_capability() >= 90) {
             return launch(gated_cluster_kernel<T, V>, p, dim3(unsigned(blocks), unsigned(p.tokens)), dim3(kThreads),
                           stream, p.pdl != 0, unsigned(blocks));
+        }
+        // rows of three quarters to all of a block's two vectors a thread, so that none of its warps is idle
+        const size_t stream_bytes = size_t(kStreamRows) * 2 * p.width * sizeof(T);
+        if (fits && count > 768 && count <= 2048 && p.tokens > 8 * multiprocessors() && compute_capability() >= 90 &&
+            stream_bytes + 1024 <= most_shared_bytes()) {  // and some for what is static
+            const auto kernel = gated_stream_kernel<T, V, 2>;
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(stream_bytes));
+            const unsigned threads = unsigned(count + 63) / 64 * 32;
+            return launch(kernel, p, dim3(unsigned(multiprocessors())), dim3(threads), stream, p.pdl != 0, 1, stream_bytes);
         }
         const RowShape shape = row_shape(p.tokens, count);
         void (*kernel)(trtllm_gated_params) = gated_long_kernel<T>;

@@ -10,13 +10,15 @@
 namespace trtllm::pointwise {
 
 /// `cluster` above 1 (compute capability 9.0): so many neighbours along x start together and share their memory.
+/// `shared_bytes` is dynamic shared memory, for which the kernel has its attribute set.
 template <typename Params>
 void launch(void (*kernel)(Params), const Params& params, dim3 grid, dim3 block, cudaStream_t stream, bool pdl,
-            unsigned cluster = 1) {
+            unsigned cluster = 1, size_t shared_bytes = 0) {
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
     config.stream = stream;
+    config.dynamicSmemBytes = shared_bytes;
     cudaLaunchAttribute attributes[2] = {};
     config.attrs = attributes;
     if (pdl && compute_capability() >= 90) {
@@ -28,6 +30,14 @@ void launch(void (*kernel)(Params), const Params& params, dim3 grid, dim3 block,
         attributes[config.numAttrs++].val.clusterDim = {cluster, 1, 1};
     }
     cudaLaunchKernelEx(&config, kernel, params);
+}
+
+/// Dynamic shared memory that a block can ask for on this GPU.
+inline size_t most_shared_bytes() {
+    int device = 0, bytes = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return size_t(bytes);
 }
 
 /// Whether rows at `base`, `stride` elements of `size` bytes apart, all start at a multiple of `bytes`.

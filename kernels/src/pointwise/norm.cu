@@ -40,10 +40,14 @@ __device__ __forceinline__ float2 moments(float sum, int count, float width, con
 }
 
 // What a kernel knows of its parameters when it is compiled: that leaves registers for more rows at a time. A plain norm
-// has its weights, no residual, and a result of x's type.
-enum class Known { kNothing, kPlainRms, kPlainLayer };
+// has its weights, no residual, and a result of x's type; the other one adds, keeps the sum, and quantizes by token.
+enum class Known { kNothing, kPlainRms, kPlainLayer, kRmsResidual8 };
 
 inline Known known_of(const trtllm_norm_params& p) {
+    if (p.kind == 0 && p.gamma != nullptr && p.beta == nullptr && p.residual != nullptr && p.residual_out != nullptr &&
+        p.token_scales != nullptr) {
+        return Known::kRmsResidual8;
+    }
     if (p.gamma == nullptr || p.residual != nullptr || p.residual_out != nullptr || is_8bit(p.out_dtype)) {
         return Known::kNothing;
     }
@@ -56,7 +60,15 @@ inline Known known_of(const trtllm_norm_params& p) {
 template <typename T, int V, int N, int Threads, int Blocks, Known K = Known::kNothing>
 __global__ void __launch_bounds__(Threads, Blocks) norm_kernel(const __grid_constant__ trtllm_norm_params given) {
     trtllm_norm_params p = given;
-    if constexpr (K != Known::kNothing) {
+    if constexpr (K == Known::kRmsResidual8) {
+        p.kind = 0;
+        p.beta = nullptr;
+        p.static_scale = nullptr;
+        if (p.gamma == nullptr || p.residual == nullptr || p.residual_out == nullptr || p.token_scales == nullptr ||
+            (p.out_dtype != TRTLLM_INT8 && p.out_dtype != TRTLLM_FLOAT8_E4M3)) {
+            __builtin_unreachable();
+        }
+    } else if constexpr (K != Known::kNothing) {
         p.residual = p.residual_out = nullptr;
         p.static_scale = nullptr;
         p.token_scales = nullptr;
@@ -259,7 +271,9 @@ void launch_norm(const trtllm_norm_params& p, cudaStream_t stream) {
                                         : norm_kernel<T, V, 4, kWidest, 1>;
     }
     const Known known = known_of(p);
-    if (fits && many && threads <= 128 && known != Known::kNothing) {
+    if (fits && many && threads <= 128 && known == Known::kRmsResidual8) {
+        if (shape.vectors == 4) kernel = norm_kernel<T, V, 4, 128, 8, Known::kRmsResidual8>;
+    } else if (fits && many && threads <= 128 && known != Known::kNothing) {
         const bool rms = known == Known::kPlainRms;
         if (shape.vectors == 2) {
             kernel = rms ? norm_kernel<T, V, 2, 128, 12, Known::kPlainRms>

@@ -170,6 +170,58 @@ class TrtOps(Ops[Tensor]):
             return self._net.binary(name, x, sigmoid, "PROD")
         return self._net.add("activation", name, x, {"gelu": api.GELU_ERF, "gelu_tanh": api.GELU_TANH}[kind])
 
+    def heads(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        spec: AttentionSpec,
+        qk_norm: tuple[str, str, NormSpec] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As it is composed, but q, k and v are joined, and q and k turned by one layer.
+
+        The product with ones, melted into the kernel before, keeps the builder from taking them apart again: one kernel
+        then turns q and k and writes k and v into their caches, where each alone would be three. A generation step has
+        a sixth fewer kernels, and a build takes a quarter less time (SmolLM2, TensorRT-RTX 1.6.1).
+        """
+        if qk_norm is not None:
+            return super().heads(q, k, v, positions, spec, qk_norm)
+        turned = spec.num_heads + spec.num_kv_heads
+
+        def columns(layer: Any) -> None:
+            layer.axis = 1
+
+        name = f"{_module(q)}kv"
+        joined = self._net.add("concatenation", f"{name}/joined", [q, k, v], configure=columns)
+        held = self._net.binary(f"{name}/held", joined, self._ones(), "PROD")
+        every = self.split_heads(held, turned + spec.num_kv_heads, spec.head_dim)
+        both = self.rotary(self._heads(f"{name}/qk", every, 0, turned), positions, spec.rotary)
+        return (
+            self._heads(f"{name}/q", both, 0, spec.num_heads),
+            self._heads(f"{name}/k", both, spec.num_heads, spec.num_kv_heads),
+            self._heads(f"{name}/v", every, turned, spec.num_kv_heads),
+        )
+
+    def _heads(self, name: str, x: Tensor, begin: int, count: int) -> Tensor:
+        """Heads ``begin`` .. ``begin + count - 1`` of x [B, heads, S, D]."""
+        width = x.shape[3]
+
+        def axis(index: int) -> Tensor:
+            at = self._net.constant(f"sizes/at{index}", np.array([index], np.int32))
+            return self._once(
+                ("axis", index), lambda: self._net.add("gather", f"sizes/axis{index}", self._sizes, at, 0)
+            )
+
+        def size() -> Tensor:
+            heads, depth = (self._net.constant(f"sizes/{n}", np.array([n], np.int64)) for n in (count, width))
+            return self._net.add("concatenation", f"sizes/heads{count}x{width}", [axis(0), heads, axis(1), depth])
+
+        shape = self._once(("heads", count, width), size)
+        return self._net.add(
+            "slice", name, x, (0, begin, 0, 0), (0,) * 4, (1,) * 4, configure=lambda layer: layer.set_input(2, shape)
+        )
+
     def split_heads(self, x: Tensor, heads: int, head_dim: int) -> Tensor:
         sizes = self._batched((heads, head_dim))
 

@@ -110,13 +110,17 @@ class QuantizedOps:
         return found
 
     def _dequantized(self, quantized: QuantizedModule) -> Tensor:
-        name, kind = quantized.module, quantized.scheme.type
+        name, kind, scales = quantized.module, quantized.scheme.type, quantized.scale
+        if scales.ndim == 0 and self._dtype != "float16":
+            # with a scale a row the builder merges products of one input and melts their scales into the kernels that
+            # follow: half the kernels of a step; float16 would overflow before it is scaled
+            scales = np.full(quantized.shape[0], scales, np.float32)
         values = self._net.packed(f"{name}.weight", quantized.values, kind, quantized.shape)
-        bits = scale_bits(quantized.scale, self._dtype, name)
+        bits = scale_bits(scales, self._dtype, name)
         scale = self._net.constant(f"{name}.weight_scale", bits, self._dtype)
 
         def rows(layer: Any) -> None:
-            if quantized.scale.ndim == 1:
+            if scales.ndim == 1:
                 layer.axis = 0
 
         return self._net.add(

@@ -56,7 +56,9 @@ def fmha(
     ``q`` [tokens, heads, D]; ``k``, ``v`` [kv_tokens, kv_heads, D], float16 or bfloat16, D contiguous (slices of one
     fused projection will do); ``q_starts``, ``kv_starts`` int32 [batch + 1]; no sequence has more than ``max_q_length``
     queries. What a query sees is said in ``fmha_twin.fmha``; ``half_sums`` lets float16 products be summed in float16
-    where that is faster; ``kernel`` 0 chooses, 1 is the portable one, 2 Hopper's.
+    within a tile (float32 between tiles, relative error below 3e-3): kernel 1 always does so, kernel 0 where that is
+    faster, which it is not on GPUs of 8.0, 9.0 and 10.0, kernel 2 refuses; ``kernel`` 0 chooses, 1 is the portable one,
+    2 Hopper's.
     Raises UnsupportedError KERNEL_REFUSED for anything the kernels cannot do.
     """
     _check(q, k, v, q_starts, kv_starts, alibi_slopes, 3)
@@ -90,6 +92,7 @@ def _(
     kernel: int = 0,
 ) -> tuple[Tensor, Tensor]:
     _check(q, k, v, q_starts, kv_starts, alibi_slopes, 3)
+    _check_sums(q, half_sums)
     return _twin(q, k, v, q_starts, kv_starts, scale, causal, window, soft_cap, alibi_slopes, return_lse)
 
 
@@ -172,6 +175,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     _check(q, k_cache, v_cache, q_starts, kv_lengths, alibi_slopes, 4)
     _check_pages(k_cache, page_table, kv_lengths)
+    _check_sums(q, half_sums)
     k, kv_starts = fmha_twin.gather_pages(k_cache, page_table, kv_lengths)
     v, _ = fmha_twin.gather_pages(v_cache, page_table, kv_lengths)
     return _twin(q, k, v, q_starts, kv_starts, scale, causal, window, soft_cap, alibi_slopes, return_lse)
@@ -317,6 +321,12 @@ def _check_pages(cache: Tensor, page_table: Tensor, kv_lengths: Tensor) -> None:
         raise _refused("a page_table on another device", "one device for all")
     if cache.shape[2] not in PAGE_SIZES:
         raise _refused(f"pages of {cache.shape[2]} positions", "16, 32, 64 or 128")
+
+
+def _check_sums(q: Tensor, half_sums: bool) -> None:
+    """As the library refuses it; the twin itself sums in float32, as a permission lets it."""
+    if half_sums and q.dtype == torch.bfloat16:
+        raise _refused("float16 sums of bfloat16", "half_sums left off")
 
 
 def _refused(what: str, remedy: str) -> UnsupportedError:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from trtllm_cli.artifacts.tensorrt import TensorRTTactics
 from trtllm_cli.errors import BadInputError, DoesNotFitError, UnsupportedError, UserError
@@ -21,6 +22,10 @@ from trtllm_cli.runtime.tensorrt.passes import Pass, Planner
 
 #: cache input -> its updated self, an output that TensorRT writes in place
 _UPDATED = ".updated"
+#: of the likeliest token of a row: its id, int64, and its logit, float32
+_BEST_BYTES = 12
+#: a generation step (see :attr:`Pass.key`), and whether its likeliest tokens are wanted
+_Key = tuple[tuple[int, int, int, int], bool]
 
 
 class Session(Protocol):
@@ -56,7 +61,7 @@ class TensorRTExecutor:
     Caches, zeroed, are one tensor [slots, kv_heads, context, head_dim] an input, shared by the contexts of all
     profiles; a batch is bound to the address of its first slot. ``weights`` are inputs that stay the same. With
     ``graphs`` a generation step is captured as a CUDA graph when it comes for the second time, and replayed from then
-    on.
+    on: the copy of its tokens, the pass, and, where all texts are greedy, the choice and its copy back.
     """
 
     def __init__(
@@ -104,11 +109,15 @@ class TensorRTExecutor:
             }
             self._positions = memory.upload(torch.arange(context, dtype=torch.int32))
             self._weights = {name: memory.upload(values) for name, values in weights.items()}
+            self._best = memory.zeros((most_rows * _BEST_BYTES,), torch.uint8)
         self._staging = torch.zeros(self._inputs.shape, dtype=torch.int32, pin_memory=memory.has_graphs)
+        self._best_here = torch.zeros(self._best.shape, dtype=torch.uint8, pin_memory=memory.has_graphs)
+        #: whether the device may still read the staging buffer
+        self._reading = False
         self._contexts: dict[int, Any] = {}
         self._bound: dict[int, tuple[Any, ...]] = {}
-        self._ran: set[tuple[int, int, int, int]] = set()
-        self._replays: dict[tuple[int, int, int, int], Callable[[], None]] = {}
+        self._ran: set[_Key] = set()
+        self._replays: dict[_Key, Callable[[], None]] = {}
         #: whether kernels were compiled since they were last kept
         self._fresh = False
 
@@ -123,6 +132,7 @@ class TensorRTExecutor:
             with self._memory.active():
                 # a copy on the host too: the next pass overwrites them
                 found = logits.to("cpu", copy=True).numpy()
+            self._reading = False  # that waited
             for row, owner in enumerate(one.owners):
                 if owner >= 0:
                     parts[owner].append(found[row : row + 1])
@@ -132,16 +142,24 @@ class TensorRTExecutor:
     def choose(self, segments: Sequence[Segment], samplers: Sequence[Sampler]) -> list[int]:
         """See :class:`trtllm_cli.runtime.executor.ChoosingExecutor`."""
         tokens: dict[int, int | None] = {}
-        for one, logits in self._run(segments):
+        greedy = all(one.sampling.temperature == 0 and one.sampling.repetition_penalty == 1 for one in samplers)
+        for one, logits in self._run(segments, greedy):
             wanted = np.flatnonzero(one.owners >= 0)
             if len(wanted) == 0:
                 continue
             owners = one.owners[wanted].tolist()
-            with self._memory.active():
-                rows = logits
-                if len(wanted) < len(one.owners):
-                    rows = logits[torch.from_numpy(wanted).to(logits.device)]
-                chosen = sampling_torch.choose(rows, [samplers[owner] for owner in owners])
+            if greedy:
+                chosen = self._likeliest(len(one.rows), wanted)
+                for owner, token in zip(owners, chosen, strict=True):
+                    if token is not None:
+                        samplers[owner].take(token)
+            else:
+                with self._memory.active():
+                    rows = logits
+                    if len(wanted) < len(one.owners):
+                        rows = logits[torch.from_numpy(wanted).to(logits.device)]
+                    chosen = sampling_torch.choose(rows, [samplers[owner] for owner in owners])
+                self._reading = False  # that waited
             tokens.update(zip(owners, chosen, strict=True))
         found = [tokens[index] for index in range(len(segments))]
         if any(token is None for token in found):
@@ -169,25 +187,33 @@ class TensorRTExecutor:
 
     # ---- passes -----------------------------------------------------------------------------------------------------
 
-    def _run(self, segments: Sequence[Segment]) -> Iterator[tuple[Pass, torch.Tensor]]:
-        """Each pass with its logits [R, vocab], which the next one overwrites."""
+    def _run(self, segments: Sequence[Segment], greedy: bool = False) -> Iterator[tuple[Pass, torch.Tensor]]:
+        """Each pass with its logits [R, vocab], which the next one overwrites; ``greedy``: see :meth:`_likeliest`."""
         check_segments(segments, self.context, self.slots, self.vocab_size)
         for one in self._planner.plan(segments):
-            self._execute(one)
+            self._execute(one, greedy)
             yield one, self._logits[: len(one.rows)]
         if self._fresh:
-            self._memory.synchronize()
+            self._wait()
             self._session.settled()
             self._fresh = False
 
-    def _execute(self, one: Pass) -> None:
+    def _execute(self, one: Pass, greedy: bool) -> None:
         self._stage(one)
-        key = one.key
-        if key in self._replays:
+        key = None if one.key is None else (one.key, greedy)
+        if key is not None and key in self._replays:
             self._replays[key]()
             return
         context = self._bind(one)
-        self._enqueue(context)
+
+        def work() -> None:
+            self._send(one)
+            self._enqueue(context)
+            if greedy:
+                self._pick(len(one.rows))
+
+        with self._memory.active():
+            work()
         if key is None:
             return
         if key not in self._ran:
@@ -195,18 +221,39 @@ class TensorRTExecutor:
             self._fresh = True
         elif self._graphs:
             # right after it ran with these shapes: TensorRT prepares itself for new ones while it enqueues
-            self._replays[key] = self._memory.capture(lambda: self._enqueue(context))
+            self._replays[key] = self._memory.capture(work)
 
     def _stage(self, one: Pass) -> None:
-        """Copy starts, rows and tokens to the device."""
+        """Put starts, rows and tokens where the device reads them."""
+        if self._reading:
+            self._wait()
         staging = self._staging.numpy()
         staging[: len(one.starts)] = one.starts
         staging[self._rows_at : self._rows_at + len(one.rows)] = one.rows
+        staging[self._tokens_at : self._tokens_at + one.tokens.size] = one.tokens.reshape(-1)
+        self._reading = True
+
+    def _send(self, one: Pass) -> None:
+        """Enqueue the copy of what is staged."""
         used = self._tokens_at + one.tokens.size
-        staging[self._tokens_at : used] = one.tokens.reshape(-1)
-        with self._memory.active():
-            # waits for the copy, so that the buffer can be filled again
-            self._inputs[:used].copy_(self._staging[:used])
+        self._inputs[:used].copy_(self._staging[:used], non_blocking=True)
+
+    def _pick(self, rows: int) -> None:
+        """Enqueue the search for the likeliest token of each row, and the copy of what was found."""
+        ids, best = _best_of(self._best, rows)
+        torch.max(self._logits[:rows], dim=1, out=(best, ids))
+        self._best_here.copy_(self._best, non_blocking=True)
+
+    def _likeliest(self, rows: int, wanted: NDArray[np.intp]) -> list[int | None]:
+        """The likeliest tokens of the pass that was enqueued with ``greedy``; None where a row is not finite."""
+        self._wait()
+        ids, best = (found.numpy() for found in _best_of(self._best_here, rows))
+        finite = np.isfinite(best)  # a NaN anywhere is the maximum
+        return [int(ids[row]) if finite[row] else None for row in wanted.tolist()]
+
+    def _wait(self) -> None:
+        self._memory.synchronize()
+        self._reading = False
 
     def _bind(self, one: Pass) -> Any:
         """The context of the profile with the pass's shapes and addresses."""
@@ -255,6 +302,12 @@ class TensorRTExecutor:
             f"the engine refused {what}: {reason}",
             "repeat `trtllm-cli build --backend tensorrt` with --force; if that does not help, report this message",
         )
+
+
+def _best_of(block: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids, int64 [rows], and logits, float32 [rows], in a block of bytes with room for more."""
+    most = len(block) // _BEST_BYTES
+    return block[: 8 * most].view(torch.int64)[:rows], block[8 * most :].view(torch.float32)[:rows]
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ class Memory:
         self._stream = make(device) if device.type == "cuda" else None
         #: the handle that TensorRT takes
         self.stream = 0 if self._stream is None else int(self._stream.cuda_stream)
+        #: where recorded work has its intermediate results: one place for all, since it is replayed in turn
+        self._pool: Any = None
 
     @property
     def has_graphs(self) -> bool:
@@ -65,10 +67,13 @@ class Memory:
         ``work`` must have run before, so that nothing is allocated or compiled while recording.
         """
         graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            new: Any = torch.cuda.graph_pool_handle
+            self._pool = new()
         with self.active():
             self.synchronize()
             # TensorRT's own threads may allocate meanwhile; that concerns this recording only if they were this thread
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
             finally:
