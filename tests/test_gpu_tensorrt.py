@@ -258,15 +258,14 @@ def test_compiled_kernels_are_kept_beside_the_engine(pairs, tmp_path):
 
 
 @pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
-def test_a_plan_with_damaged_bytes_ends_in_an_error_or_runs(pairs, tmp_path, place):
-    """In a process of its own: it must not die of a signal."""
+def test_a_plan_with_damaged_bytes_is_told_before_tensorrt_reads_it(pairs, tmp_path, place):
+    """In a process of its own: at some places TensorRT dies of a signal (seen of 1.6.1: at a tenth)."""
     engine = Path(shutil.copytree(pairs().artifact.path, tmp_path / "engine"))
     content = bytearray((engine / PLAN).read_bytes())
     at = int(place * len(content))
     content[at : at + 4096] = bytes(byte ^ 0xFF for byte in content[at : at + 4096])
     (engine / PLAN).write_bytes(content)
     done = command("run", engine, "--prompt", "The", "--max-new-tokens", "2")
-    print(f"\nat {place}: exit {done.returncode}: {done.stderr.strip()[-300:]}")
-    assert done.returncode in (0, 3, 4), done.stderr
+    assert done.returncode == 3, done.stderr
+    assert "error[PLAN_DAMAGED]" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "TENSORRT_MISSING" not in done.stderr

@@ -160,8 +160,8 @@ def test_the_script_runs_whole_on_the_reference_executor(script, tmp_path, capsy
     assert code == (0 if all(row["met"] for row in rows.values()) else 1)
     assert "| bf16 |" in capsys.readouterr().out
     # the process of an engine that is timed in turns, with sizes for a processor
-    small = "from pathlib import Path; from scripts.tensorrt_bench import turns; turns.BATCHES = (1, 2)"
-    small += "; turns.PROMPT, turns.NEW = 8, 4"
+    small = "from pathlib import Path; from scripts.tensorrt_bench import speed, turns; turns.BATCHES = (1, 2)"
+    small += "; turns.PROMPT, turns.NEW = speed.PROMPT, speed.NEW = 8, 4"
     place = work / "int8"
     serve = f"{small}; turns.serve(Path({str(place / 'engine')!r}), 'reference', Path({str(place / 'checkpoint')!r}))"
     turn = turns.Turn([sys.executable, "-c", serve])
@@ -169,7 +169,7 @@ def test_the_script_runs_whole_on_the_reference_executor(script, tmp_path, capsy
         assert turn.ready(200.0) > 0
         first, second = turn.order({"speed": {"repetitions": 1, "read_gb_per_s": 100.0}})["rows"]
         assert (first["batch"], second["batch"]) == (1, 2)
-        assert first["profiles"] == ["context", "generation-2", "generation-8", "generation-64"]
+        assert first["profiles"] == ["context", "generation-8", "generation-64"]
         with pytest.raises(RuntimeError, match="unknown|GPU|NVIDIA|CUDA"):
             turn.order({"layers": 1})  # which only TensorRT itself can
     finally:

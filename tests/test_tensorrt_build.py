@@ -59,7 +59,7 @@ def test_attention_is_fused_and_projections_are_merged_in_every_profile(tmp_path
             holders = [
                 {part for part in parts if f"layers.1.{part}" in kernel.sources}
                 for kernel in profile.kernels
-                if kernel.type == "gemm" or profile is generation[0]
+                if kernel.type in ("gemm", "runtime_fusion") or profile is generation[0]
             ]
             assert set(parts) in holders
 

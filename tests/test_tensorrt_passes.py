@@ -43,14 +43,16 @@ class Caches:
         self.held = np.full((SLOTS, CONTEXT), -1)
         #: per slot, the tokens that must be there
         self.due: list[list[int]] = [[] for _ in range(SLOTS)]
-        self.passes = 0
+        self.passes = self.steadies = 0
 
     def run(self, segments: list[Segment]) -> list[list[tuple[int, ...]]]:
         """For each segment the rows it got: a row is what its token could attend to."""
         for segment in segments:
             self.due[segment.slot] = self.due[segment.slot][: segment.start] + list(segment.tokens)
         rows: list[list[tuple[int, ...]]] = [[] for _ in segments]
-        for one in self.planner.plan(segments):
+        steady = self.planner.steady(segments, 100)
+        self.steadies += steady is not None
+        for one in self.planner.plan(segments) if steady is None else [steady]:
             self.passes += 1
             batch, width = one.tokens.shape
             assert self.tactics.profiles[one.profile].takes(batch, width, len(one.rows))
@@ -96,6 +98,12 @@ def work(draw):
             call.append(Segment(slot, start, ids, draw(st.sampled_from(["last", "all", "none"]))))
             lengths[slot] = start + size
         calls.append(call)
+        for _ in range(draw(st.integers(0, 5)) if single else 0):
+            if max(lengths[slot] for slot in slots) == CONTEXT:
+                break
+            calls.append([Segment(one.slot, lengths[one.slot], [draw(st.integers(0, 99))], one.want) for one in call])
+            for slot in slots:
+                lengths[slot] += 1
     return calls
 
 
@@ -109,6 +117,47 @@ def test_every_sequence_is_what_its_segments_made_it(profiles, calls):
         rows = caches.run(call)
         for segment, got in zip(call, rows):
             assert got == expected(caches, segment)
+
+
+def test_a_step_that_goes_on_is_planned_like_any_other():
+    both = [Planner(tactics(), CONTEXT, SLOTS) for _ in range(2)]
+    for planner in both:
+        list(planner.plan([Segment(slot, 0, [7] * (3 + slot)) for slot in range(5)]))
+    taken = 0
+    for step in range(30):
+        # slot 3 idles; at step 9 slot 1 leaves
+        slots = (4, 0, 1) if step < 9 else (4, 0)
+        segments = [Segment(slot, 3 + slot + step, [step + slot]) for slot in slots]
+        steady = both[0].steady(segments, 100)
+        (one,) = [steady] if steady is not None else list(both[0].plan(segments))
+        (other,) = both[1].plan(segments)
+        taken += steady is not None
+        for name in ("profile", "base", "seen"):
+            assert getattr(one, name) == getattr(other, name), (step, name)
+        for name in ("tokens", "starts", "rows", "owners"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), (step, name))
+    assert taken >= 20, "planned at length only at first, when a sequence leaves, and when more positions are seen"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Segment(0, 11, [1]),
+        Segment(1, 10, [1]),
+        Segment(0, 10, [1, 1]),
+        Segment(0, 10, [1], "none"),
+        Segment(0, 10, [100]),
+    ],
+)
+def test_another_step_does_not_go_on(other):
+    planner = Planner(tactics(), CONTEXT, SLOTS)
+    list(planner.plan([Segment(0, 8, [1])]))
+    assert planner.steady([Segment(0, 9, [1])], 100) is not None
+    assert planner.steady([other], 100) is None
+    assert planner.steady([Segment(0, 10, [1]), Segment(1, 0, [1])], 100) is None
+    assert planner.steady([Segment(0, 10, [1])], 100) is not None
+    planner.release(0)
+    assert planner.steady([Segment(0, 11, [1])], 100) is None
 
 
 def steps(caches: Caches, *slots: int) -> list:

@@ -56,10 +56,13 @@ def test_a_single_sequence_and_few_have_profiles_of_their_own():
     ]
 
 
-def test_int8_weights_need_room_for_a_second_token():
-    assert generation_batches(1, single=False) == (2,)
-    assert generation_batches(2, single=False) == (2,)
-    assert generation_batches(64, single=False) == (2, 8, 64)
+def test_low_bit_weights_share_a_profile_of_a_few_that_is_tuned_for_one():
+    assert generation_batches(1, low_bit=True) == (2,)
+    assert generation_batches(2, low_bit=True) == (2,)
+    assert generation_batches(8, low_bit=True) == (8,)
+    assert generation_batches(64, low_bit=True) == (8, 64)
+    found = profiles(Sizing(context=64, concurrency=64, low_bit=True))
+    assert [(sizes.batch, sizes.rows) for sizes in found[1:]] == [((1, 1, 8), (1, 1, 8)), ((9, 64, 64), (9, 64, 64))]
     found = profiles(Sizing(context=64, concurrency=8, generation=(2, 8)))
     assert [sizes.batch for sizes in found[1:]] == [(1, 1, 2), (3, 8, 8)]
     # a head alone: the batch is fixed, the rows of logits are not
@@ -73,6 +76,8 @@ def test_generation_batches_of_ones_own():
     assert resolve_generation((1, 4), 16) == (1, 4, 16)
     found = profiles(Sizing(context=64, concurrency=16, generation=(4, 16)))
     assert [sizes.batch for sizes in found[1:]] == [(1, 4, 4), (5, 16, 16)]
+    found = profiles(Sizing(context=64, concurrency=16, generation=(4, 16), low_bit=True))
+    assert [sizes.batch for sizes in found[1:]] == [(1, 1, 4), (5, 16, 16)]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,22 @@
 
 namespace trtllm::mmha {
 
+// Quotients rounded as a division rounds them, by one reciprocal for all of them (Markstein 1990: a quotient from a
+// reciprocal rounded to nearest, corrected once by its remainder). Beyond what any 8-bit type holds the correction, whose
+// remainder may overflow, is left out.
+struct Divisor {
+    float by = 1.0f, inverse = 1.0f;
+    bool plain = true;  // far from where reciprocals and remainders lose digits
+    Divisor() = default;
+    __device__ __forceinline__ explicit Divisor(float divisor)
+        : by(divisor), inverse(1.0f / divisor), plain(divisor > 1e-18f && divisor < 1e18f) {}
+    __device__ __forceinline__ float of(float x) const {
+        if (!plain) return x / by;
+        const float near = x * inverse;
+        return fabsf(near) < 65536.0f ? fmaf(fmaf(-near, by, x), inverse, near) : near;
+    }
+};
+
 // `Math` is what the matrix unit multiplies. `kFactor` is what expanded values must be multiplied by.
 template <typename C>
 struct Cached;
@@ -43,9 +59,9 @@ struct Cached<int8_t> {
         asm("sub.f16x2 %0, %1, %2;" : "=r"(even) : "r"(low), "r"(bias));
         asm("sub.f16x2 %0, %1, %2;" : "=r"(odd) : "r"(high), "r"(bias));
     }
-    static __device__ __forceinline__ uint16_t round_two(float a, float b, float scale) {
-        const int low = int(fminf(fmaxf(rintf(__fdiv_rn(a, scale)), -127.0f), 127.0f));
-        const int high = int(fminf(fmaxf(rintf(__fdiv_rn(b, scale)), -127.0f), 127.0f));
+    static __device__ __forceinline__ uint16_t round_two(float a, float b, const Divisor& scale) {
+        const int low = int(fminf(fmaxf(rintf(scale.of(a)), -127.0f), 127.0f));
+        const int high = int(fminf(fmaxf(rintf(scale.of(b)), -127.0f), 127.0f));
         return uint16_t((low & 0xff) | (high & 0xff) << 8);
     }
 };
@@ -62,8 +78,8 @@ struct Cached<__nv_fp8_e4m3> {
         even = ((four << 8) & 0x80008000u) | ((four << 7) & 0x3f803f80u);
         odd = (four & 0x80008000u) | ((four >> 1) & 0x3f803f80u);
     }
-    static __device__ __forceinline__ uint16_t round_two(float a, float b, float scale) {
-        const float2 both = make_float2(__fdiv_rn(a, scale), __fdiv_rn(b, scale));
+    static __device__ __forceinline__ uint16_t round_two(float a, float b, const Divisor& scale) {
+        const float2 both = make_float2(scale.of(a), scale.of(b));
         return __nv_cvt_float2_to_fp8x2(both, __NV_SATFINITE, __NV_E4M3);
     }
 };

@@ -142,9 +142,30 @@ class Block {
         const int half = p.append && !p.interleaved ? p.rotary_dim / 2 : 0;
         typename Queries<C, D, NT>::Tables tables;
         first_rows.load_tables(tables, job, half);
+        // what turns a product into an exponent, for this lane's columns; and the last key each of them sees
+        const float k_scale = Cached<C>::kBytes == 2 ? 1.0f : p.k_scale[job.kv_head] * Cached<C>::kFactor;
+        const bool extras = p.soft_cap > 0.0f || p.alibi_slopes != nullptr;
+        float scales[NT][2], slopes[NT][2];
+        int last[NT][2];
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int row = min(job.row + n * 8 + mine.lane % 4 * 2 + e, rows - 1);
+                scales[n][e] = p.scale * k_scale * (extras ? 1.0f : kLog2e);
+                slopes[n][e] =
+                    p.alibi_slopes == nullptr ? 0.0f : p.alibi_slopes[job.kv_head * group + row % group] * kLog2e;
+                last[n][e] = job.length - p.q_length + row / group;
+            }
+        }
         wait();
         first_rows.prepare(job, tables, half);
         __syncthreads();
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) scales[n][e] *= first_rows.factors[n * 8 + mine.lane % 4 * 2 + e];
+        }
 
         uint32_t fragments[kQueriesInRegisters ? D / 16 : 1][NT][2];
         if constexpr (kQueriesInRegisters) {
@@ -164,22 +185,6 @@ class Block {
             }
         };
 
-        // what turns a product into an exponent, for this lane's columns; and the last key each of them sees
-        const float k_scale = Cached<C>::kBytes == 2 ? 1.0f : p.k_scale[job.kv_head] * Cached<C>::kFactor;
-        const bool extras = p.soft_cap > 0.0f || p.alibi_slopes != nullptr;
-        float scales[NT][2], slopes[NT][2];
-        int last[NT][2];
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const int r = n * 8 + mine.lane % 4 * 2 + e, row = min(job.row + r, rows - 1);
-                scales[n][e] = p.scale * k_scale * first_rows.factors[r] * (extras ? 1.0f : kLog2e);
-                slopes[n][e] =
-                    p.alibi_slopes == nullptr ? 0.0f : p.alibi_slopes[job.kv_head * group + row % group] * kLog2e;
-                last[n][e] = job.length - p.q_length + row / group;
-            }
-        }
         // keys that every query sees
         const int all_low = p.window > 0 ? job.length - p.window : 0, all_end = job.length - p.q_length + 1;
 

@@ -84,6 +84,7 @@ struct Parts {
     __device__ __forceinline__ void leave(const Warp<C, D, NT>& mine, float* sums, const Job& job, bool whole,
                                           bool goes_on) const {
         ptx::copy_async_wait<0>();
+        const float by = scale_of(job);
         __syncthreads();  // nobody reads the buffers any more
         float2* const statistics = reinterpret_cast<float2*>(sums + S::kWarps * S::kRows * S::kSumPitch);
         mine.leave(sums, statistics);
@@ -107,7 +108,7 @@ struct Parts {
                 total.x += x.x * weight, total.y += x.y * weight, total.z += x.z * weight, total.w += x.w * weight;
             }
             if (whole) {
-                store(job, r, column, total, all > 0.0f ? 1.0f / all : 0.0f);
+                store(job, r, column, total, all > 0.0f ? by / all : 0.0f);
             } else {
                 publish(part + r * D + column, total);
                 if (column == 0) publish(part + S::kRows * D + 2 * r, make_float2(most, all));
@@ -120,6 +121,7 @@ struct Parts {
         constexpr int kAtOnce = S::kResident > 2 ? kPartsAtOnce / 2 : kPartsAtOnce;
         const Job& job = what.job;
         const int first = what.first, count = what.count, here = min(S::kRows, rows - job.row);
+        const float by = scale_of(job);
         for (int i = threadIdx.x; i < here * (D / 4); i += S::kThreads) {
             const int r = i / (D / 4), column = i % (D / 4) * 4;
             float most = -INFINITY, all = 0.0f;
@@ -169,7 +171,7 @@ struct Parts {
                     total.z += x[n].z * weight, total.w += x[n].w * weight;
                 }
             }
-            store(job, r, column, total, all > 0.0f ? 1.0f / all : 0.0f);
+            store(job, r, column, total, all > 0.0f ? by / all : 0.0f);
         }
         __syncthreads();  // the statistics have been read by all
         for (int i = threadIdx.x; i < here * count; i += S::kThreads) {
@@ -178,8 +180,11 @@ struct Parts {
         }
     }
 
+    // What sums of cached values must be multiplied by.
+    __device__ __forceinline__ float scale_of(const Job& job) const {
+        return Cached<C>::kBytes == 2 ? 1.0f : p.v_scale[job.kv_head] * Cached<C>::kFactor;
+    }
     __device__ __forceinline__ void store(const Job& job, int r, int column, float4 x, float factor) const {
-        if (Cached<C>::kBytes == 1) factor *= p.v_scale[job.kv_head] * Cached<C>::kFactor;
         const int token = (job.row + r) / group, head = job.kv_head * group + (job.row + r) % group;
         const uint2 four =
             make_uint2(narrow(x.x * factor, x.y * factor, bfloat16), narrow(x.z * factor, x.w * factor, bfloat16));

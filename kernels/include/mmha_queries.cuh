@@ -29,12 +29,27 @@ struct Queries {
           warp(threadIdx.x / 32),
           bfloat16(params.dtype == TRTLLM_BFLOAT16) {}
 
-    // What the rows of a job are normalised and rotated with: read before the row itself is there.
+    // What a job's rows need beside themselves: read before they are there.
     struct Tables {
         Row<D> angles, q_weights, k_weights;
+        const uint16_t* from;  // this warp's first row, or null
+        C* cached;             // where the newest key (warp 0) or value (warp 1) belongs, or null
+        Divisor scale;         // of it in the cache
     };
+    // Whether the block has the pair's last key.
+    __device__ __forceinline__ bool newest(const Job& job) const {
+        return p.append && (job.first + job.count) * S::kUnit >= job.length;
+    }
     __device__ __forceinline__ void load_tables(Tables& tables, const Job& job, int half) const {
+        tables.from = row_of(job, warp - (newest(job) ? 2 : 0));
+        tables.cached = nullptr;
+        tables.scale = Divisor(1.0f);
         if (!p.append) return;
+        if (warp < 2 && newest(job)) {
+            // blocks with other query rows of this pair make the same values and leave the cache alone
+            if (job.row == 0) tables.cached = newest_in_cache(job, warp == 1);
+            if (Cached<C>::kBytes == 1) tables.scale = Divisor((warp == 1 ? p.v_scale : p.k_scale)[job.kv_head]);
+        }
         if (p.rotary_dim > 0) {
             tables.angles.load_angles(p.positions != nullptr ? p.positions[job.sequence] : job.length - 1, p);
         }
@@ -54,11 +69,10 @@ struct Queries {
     // Query rows into shared memory, as the matrix unit takes them; with `append` also the newest key and value, by the
     // block that has the pair's last key.
     __device__ __forceinline__ void prepare(const Job& job, const Tables& tables, int half) {
-        const bool newest = p.append && (job.first + job.count) * S::kUnit >= job.length;
         // all warps take their rows in turn, the two new ones first; a row's successor is on its way meanwhile
-        int r = warp - (newest ? 2 : 0);
+        int r = warp - (newest(job) ? 2 : 0);
         Row<D> row, next;
-        const uint16_t* from = row_of(job, r);
+        const uint16_t* from = tables.from;
         if (from != nullptr) row.load(from, half, bfloat16);
         for (; r < S::kRows; r += S::kWarps) {
             const uint16_t* const after = row_of(job, r + S::kWarps);
@@ -69,10 +83,8 @@ struct Queries {
                     if (p.k_norm != nullptr) row.normalise(tables.k_weights, p);
                     row.rotate(tables.angles, p);
                 }
-                // blocks with other query rows of this pair make the same values and leave the cache alone
-                row.store_cached(job.row == 0 ? newest_in_cache(job, is_v) : nullptr,
-                                 reinterpret_cast<C*>(k_new + (is_v ? S::kRowBytes : 0)), half,
-                                 Cached<C>::kBytes == 2 ? 1.0f : (is_v ? p.v_scale : p.k_scale)[job.kv_head]);
+                row.store_cached(tables.cached, reinterpret_cast<C*>(k_new + (is_v ? S::kRowBytes : 0)), half,
+                                 tables.scale);
             } else if (from != nullptr) {
                 if (p.append) {
                     if (p.q_norm != nullptr) row.normalise(tables.q_weights, p);

@@ -133,7 +133,7 @@ struct Row {
 
     // Into the cache (unless that is null) and into `kept`, in the cache's type.
     template <typename C>
-    __device__ __forceinline__ void store_cached(C* cache, C* kept, int half, float scale) const {
+    __device__ __forceinline__ void store_cached(C* cache, C* kept, int half, const Divisor& divisor) const {
 #pragma unroll
         for (int n = 0; n < kItems; ++n) {
             if (!has(n)) continue;
@@ -146,7 +146,7 @@ struct Row {
                     if (cache != nullptr) *reinterpret_cast<uint32_t*>(cache + at) = both;
                     *reinterpret_cast<uint32_t*>(kept + at) = both;
                 } else {
-                    const uint16_t both = Cached<C>::round_two(v[0], v[1], scale);
+                    const uint16_t both = Cached<C>::round_two(v[0], v[1], divisor);
                     if (cache != nullptr) *reinterpret_cast<uint16_t*>(cache + at) = both;
                     *reinterpret_cast<uint16_t*>(kept + at) = both;
                 }

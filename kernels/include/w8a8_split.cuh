@@ -3,10 +3,11 @@
 // The weights take the matrix unit's operand of 64 rows and the activations its narrow one (8 to 128 columns), so that
 // one token wastes nothing but idle arithmetic. One warp streams both operands through a deep ring of shared-memory
 // stages with the copy engine; each warpgroup multiplies 64 weight rows. The K axis is split over the blocks of a
-// cluster, which add their partial sums through distributed shared memory in rank order: no workspace, the same bits
-// every time.
+// cluster, which send their partial sums to the block that finishes them and are added in rank order: no workspace,
+// the same bits every time.
 #pragma once
 
+#include "cluster_sums.cuh"
 #include "registry.hpp"
 #include "w8a8_epilogue.cuh"
 #include "w8a8_launch.hpp"
@@ -20,9 +21,79 @@ struct SplitTile {
     static constexpr int kRows = RowsT, kCols = ColsT, kStages = StagesT;
     static constexpr int kConsumers = 2 * kRows;  // threads: a warpgroup for every 64 rows
     static constexpr int kWeightBytes = kRows * 128, kStageBytes = kWeightBytes + kCols * 128;
-    static constexpr int kSumStride = kRows + 4;  // keeps the columns of a quad on different banks
-    static constexpr int kShared = kStages * kStageBytes + 2 * kStages * 8;
-    static_assert(kCols * kSumStride * 4 <= kStages * kStageBytes, "sums reuse the stages");
+    static constexpr int kEights = kCols / 8, kItems = kRows / 16 * kEights;  // of 16 weight rows by 8 activation rows
+    // parts of sums come to a place of their own where that is small, else to the stages when nobody reads them any more
+    static constexpr bool kApart = kItems <= 16;
+    static constexpr int kReceived = sums::received_bytes(kItems);
+    static constexpr int kShared = kStages * kStageBytes + (kApart ? kReceived : 0) + (2 * kStages + 1) * 8;
+    static_assert(kReceived <= kStages * kStageBytes, "sums take the stages' place");
+};
+
+__device__ __forceinline__ uint32_t bits(float v) { return __float_as_uint(v); }
+__device__ __forceinline__ uint32_t bits(int32_t v) { return uint32_t(v); }
+template <typename Sum>
+__device__ __forceinline__ Sum from_bits(uint32_t v);
+template <>
+__device__ __forceinline__ float from_bits<float>(uint32_t v) {
+    return __uint_as_float(v);
+}
+template <>
+__device__ __forceinline__ int32_t from_bits<int32_t>(uint32_t v) {
+    return int32_t(v);
+}
+
+/// From sums to outputs, for an item of 16 weight rows by 8 activation rows as the matrix unit holds it.
+class ItemEnd {
+public:
+    /// Asks for everything the end needs besides the sums.
+    __device__ __forceinline__ ItemEnd(const trtllm_w8a8_params& params, int64_t first_n, int64_t first_m, int lane)
+        : p(params), n0(first_n), m0(first_m), lane(lane), half(params.out_dtype == TRTLLM_FLOAT16) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int64_t n = min(n0 + lane / 4 + 8 * h, p.n - 1), m = min(m0 + lane % 4 * 2 + h, p.m - 1);
+            w_scale[h] = p.w_scale[p.w_scale_per_channel ? n : 0];
+            a_scale[h] = p.a_scale[p.a_scale_per_token ? m : 0];
+            if (p.bias) bias[h] = load_16bit(p.bias, n, half);
+        }
+        if (!p.residual) return;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int64_t n = min(n0 + lane / 4 + e / 2 * 8, p.n - 1), m = min(m0 + lane % 4 * 2 + e % 2, p.m - 1);
+            residual[e] = load_16bit(p.residual, m * p.residual_stride + n, half);
+        }
+    }
+    template <typename Sum>
+    __device__ __forceinline__ void write(const Sum (&sum)[4]) const {
+        float v[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            v[e] = scaled(sum[e], a_scale[e % 2], w_scale[e / 2]);
+            if (p.bias) v[e] = __fadd_rn(v[e], bias[e / 2]);
+            if (p.residual) v[e] = __fadd_rn(v[e], residual[e]);
+        }
+        const bool wide = p.out_stride % 2 == 0 && reinterpret_cast<uintptr_t>(p.out) % 4 == 0;
+        const int64_t m = m0 + lane / 4;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const uint32_t pair = sums::transposed(pack(v[2 * h], v[2 * h + 1], half));
+            const int64_t n = n0 + 8 * h + lane % 4 * 2;
+            if (m >= p.m || n >= p.n) continue;
+            uint16_t* out = static_cast<uint16_t*>(p.out) + m * p.out_stride + n;
+            if (wide && n + 1 < p.n) {
+                *reinterpret_cast<uint32_t*>(out) = pair;
+            } else {
+                out[0] = uint16_t(pair);
+                if (n + 1 < p.n) out[1] = uint16_t(pair >> 16);
+            }
+        }
+    }
+
+private:
+    const trtllm_w8a8_params& p;
+    int64_t n0, m0;
+    int lane;
+    bool half;
+    float w_scale[2], a_scale[2], bias[2] = {}, residual[4] = {};
 };
 
 template <typename Tile>
@@ -33,13 +104,17 @@ __global__ void __launch_bounds__(Tile::kConsumers + 32)
     using Sum = typename Tile::Type::Sum;
     constexpr int kRows = Tile::kRows, kCols = Tile::kCols, kStages = Tile::kStages;
     extern __shared__ __align__(1024) uint8_t shared[];
-    uint64_t* full = reinterpret_cast<uint64_t*>(shared + kStages * Tile::kStageBytes);
+    uint8_t* after = shared + kStages * Tile::kStageBytes;
+    uint64_t* full = reinterpret_cast<uint64_t*>(after + (Tile::kApart ? Tile::kReceived : 0));
     uint64_t* empty = full + kStages;
+    uint64_t* arrived = empty + kStages;
+    const uint32_t received = ptx::shared_address(Tile::kApart ? after : shared);
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int rank = int(blockIdx.x) % split;
     const int n0 = int(blockIdx.x) / split * kRows, m0 = int(blockIdx.y) * kCols;
     const int blocks = int((p.k + 127) / 128);
+    const sums::Shares<Tile::kItems> shares = {split, rank};
     const int begin = int(int64_t(blocks) * rank / split), count = int(int64_t(blocks) * (rank + 1) / split) - begin;
 
     if (threadIdx.x == 0) {
@@ -47,9 +122,21 @@ __global__ void __launch_bounds__(Tile::kConsumers + 32)
             ptx::barrier_init(full + s, 1);
             ptx::barrier_init(empty + s, Tile::kConsumers / 32);
         }
+        ptx::barrier_init(arrived, 1);
         ptx::barrier_init_fence();
+        if (split > 1) ptx::barrier_expect(arrived, shares.bytes());
     }
     __syncthreads();
+    // others may send once they have waited for this
+    if (split > 1) sums::arrive_relaxed();
+    const auto wait_to_send = [&] {
+        sums::wait_for_cluster();
+        if (!Tile::kApart) {
+            // and once nobody reads the stages any more
+            sums::arrive_relaxed();
+            sums::wait_for_cluster();
+        }
+    };
     ptx::let_next_kernel_start();
 
     if (warp == Tile::kConsumers / 32) {
@@ -74,11 +161,8 @@ __global__ void __launch_bounds__(Tile::kConsumers + 32)
                 activations(i);
             }
         }
-        if (split > 1) {
-            __syncwarp();
-            cluster_arrive_relaxed();
-            cluster_wait();
-        }
+        __syncwarp();
+        if (split > 1) wait_to_send();
     } else {
         const int group = warp / 4;
         Sum part[kCols / 2];
@@ -109,76 +193,40 @@ __global__ void __launch_bounds__(Tile::kConsumers + 32)
                 for (int j = 0; j < kCols / 2; ++j) total[j] += part[j];
             }
         }
-        // every stage has been read: their memory takes the sums, [column][row]
-        ptx::named_barrier_sync<Tile::kConsumers>(1);
-        Sum* sums = reinterpret_cast<Sum*>(shared);
-        const int row = group * 64 + warp % 4 * 16 + lane / 4, column = lane % 4 * 2;
+        const auto sum_of = [&](int i) -> Sum {
+            if constexpr (std::is_same_v<Sum, float>) return total[i];
+            else return part[i];
+        };
+        if (split == 1) {
+            ptx::wait_for_previous_kernel();
 #pragma unroll
-        for (int j = 0; j < kCols / 8; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                Sum* at = sums + (j * 8 + column + e % 2) * Tile::kSumStride + row + e / 2 * 8;
-                if constexpr (std::is_same_v<Sum, float>) {
-                    *at = total[j * 4 + e];
-                } else {
-                    *at = part[j * 4 + e];
-                }
+            for (int j = 0; j < Tile::kEights; ++j) {
+                if (m0 + 8 * j >= p.m) break;
+                const Sum sum[4] = {sum_of(4 * j), sum_of(4 * j + 1), sum_of(4 * j + 2), sum_of(4 * j + 3)};
+                ItemEnd(p, n0 + warp * 16, m0 + 8 * j, lane).write(sum);
             }
+            return;
         }
-        if (split > 1) {
-            cluster_arrive();
-            cluster_wait();
-        } else {
-            ptx::named_barrier_sync<Tile::kConsumers>(1);
+        wait_to_send();
+#pragma unroll
+        for (int j = 0; j < Tile::kEights; ++j) {
+            shares.send(warp * Tile::kEights + j, lane, received, ptx::shared_address(arrived), bits(sum_of(4 * j)),
+                        bits(sum_of(4 * j + 1)), bits(sum_of(4 * j + 2)), bits(sum_of(4 * j + 3)));
         }
         ptx::wait_for_previous_kernel();
-
-        // each block finishes its share of the rows, four of them a thread
-        const int share = kRows / split, vectors = share / 4;
-        const int columns = int(min(int64_t(kCols), p.m - m0));
-        const bool half = p.out_dtype == TRTLLM_FLOAT16;
-        const bool wide = (p.out_stride % 4 == 0) && (reinterpret_cast<uintptr_t>(p.out) % 8 == 0);
-        for (int i = threadIdx.x; i < vectors * columns; i += Tile::kConsumers) {
-            const int c = i / vectors, r = rank * share + i % vectors * 4;
-            const uint32_t local = ptx::shared_address(sums + c * Tile::kSumStride + r);
+        for (int local = warp; local < shares.count(); local += Tile::kConsumers / 32) {
+            const int item = shares.first() + local;
+            const ItemEnd end(p, n0 + item / Tile::kEights * 16, m0 + item % Tile::kEights * 8, lane);
+            wait(arrived, 0);
             Sum sum[4] = {0, 0, 0, 0};
             for (int q = 0; q < split; ++q) {
-                const uint4 v = load_cluster_16(address_in(local, q));
-                if constexpr (std::is_same_v<Sum, float>) {
-                    sum[0] += __uint_as_float(v.x), sum[1] += __uint_as_float(v.y);
-                    sum[2] += __uint_as_float(v.z), sum[3] += __uint_as_float(v.w);
-                } else {
-                    sum[0] += int(v.x), sum[1] += int(v.y), sum[2] += int(v.z), sum[3] += int(v.w);
-                }
+                const uint4 v = shares.part(received, local, q, lane);
+                sum[0] += from_bits<Sum>(v.x), sum[1] += from_bits<Sum>(v.y);
+                sum[2] += from_bits<Sum>(v.z), sum[3] += from_bits<Sum>(v.w);
             }
-            const int64_t m = m0 + c, n = n0 + r;
-            const float a_scale = p.a_scale[p.a_scale_per_token ? m : 0];
-            float value[4];
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                if (n + e >= p.n) break;
-                value[e] = scaled(sum[e], a_scale, p.w_scale[p.w_scale_per_channel ? n + e : 0]);
-                if (p.bias) value[e] = __fadd_rn(value[e], load_16bit(p.bias, n + e, half));
-                if (p.residual)
-                    value[e] = __fadd_rn(value[e], load_16bit(p.residual, m * p.residual_stride + n + e, half));
-            }
-            uint16_t* out = static_cast<uint16_t*>(p.out) + m * p.out_stride + n;
-            if (wide && n + 4 <= p.n) {
-                *reinterpret_cast<uint2*>(out) =
-                    make_uint2(pack(value[0], value[1], half), pack(value[2], value[3], half));
-            } else {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    if (n + e < p.n) out[e] = uint16_t(pack(value[e], 0.0f, half));
-                }
-            }
+            end.write(sum);
         }
-    }
-    // a block stays while others may still read its sums
-    if (split > 1) {
-        __syncwarp();
-        cluster_arrive_relaxed();
-        cluster_wait();
+        wait(arrived, 0);  // no block may go while others send to it
     }
 #endif
 }

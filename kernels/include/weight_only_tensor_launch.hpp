@@ -10,11 +10,9 @@ namespace trtllm::weight_only {
 
 struct TensorArguments;
 
-/// How split_kernel's grid covers a product: clusters of `share` blocks of rows that share activations, times `split`
-/// parts of K.
+/// How split_kernel's grid covers a product: clusters of `split` parts of K.
 struct SplitPlan {
-    int32_t share, split;
-    int32_t token_tiles;
+    int32_t split, token_tiles;
 };
 
 /// What a launch of one of the Hopper kernels needs.
@@ -25,7 +23,7 @@ struct HopperLaunch {
     SplitPlan plan;
     int32_t tokens;  // of a tile: 16, 32, 64, 128 (split_kernel)
     int32_t groups;  // of 64 rows in a tile: 2, 4 (split_kernel)
-    int32_t row_tiles;  // a multiple of plan.share, or of 2 (persistent_kernel)
+    int32_t row_tiles;  // a multiple of 2 for persistent_kernel
     int32_t blocks;     // persistent_kernel
     bool half;  // float16, else bfloat16
     cudaStream_t stream;

@@ -90,6 +90,18 @@ __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
+// A step's fragment of 8-bit weights: words of rows g and g + 8.
+template <typename T, Weight kWeight>
+__device__ __forceinline__ void eight_fragment(uint32_t (&f)[4], uint32_t low, uint32_t high) {
+    if constexpr (kWeight == Weight::kInt8) {
+        f[0] = int8_pair<T, 0>(low), f[1] = int8_pair<T, 0>(high);
+        f[2] = int8_pair<T, 1>(low), f[3] = int8_pair<T, 1>(high);
+    } else {
+        f[0] = fp8_pair<T, 0>(low), f[1] = fp8_pair<T, 0>(high);
+        f[2] = fp8_pair<T, 1>(low), f[3] = fp8_pair<T, 1>(high);
+    }
+}
+
 /// A warp's stripe of one stage as it comes from shared memory, and the scales in use.
 template <typename T, Weight kWeight>
 struct StripeTile;
@@ -160,18 +172,7 @@ struct StripeTile {
     }
     template <int Step>
     __device__ __forceinline__ void fragment(uint32_t (&f)[4]) const {
-        const uint32_t a = word_of(low, Step % 4), b = word_of(high, Step % 4);
-        if constexpr (kWeight == Weight::kInt8) {
-            f[0] = int8_pair<T, 0>(a);
-            f[1] = int8_pair<T, 0>(b);
-            f[2] = int8_pair<T, 1>(a);
-            f[3] = int8_pair<T, 1>(b);
-        } else {
-            f[0] = fp8_pair<T, 0>(a);
-            f[1] = fp8_pair<T, 0>(b);
-            f[2] = fp8_pair<T, 1>(a);
-            f[3] = fp8_pair<T, 1>(b);
-        }
+        eight_fragment<T, kWeight>(f, word_of(low, Step % 4), word_of(high, Step % 4));
     }
 };
 

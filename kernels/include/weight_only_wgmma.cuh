@@ -1,6 +1,6 @@
 // What the Hopper kernels of the weight-only product share: wgmma with its first operand in registers, tensor copies, waits.
 // Sources: PTX ISA 9.0, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions" (register fragments and
-// shared memory descriptors of m64nNk16), "cp.async.bulk.tensor", "barrier.cluster", "mapa".
+// shared memory descriptors of m64nNk16), "cp.async.bulk.tensor", "barrier.cluster".
 #pragma once
 
 #include <cuda.h>
@@ -64,6 +64,10 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// The same where nothing written before needs publishing: without the fence over the whole GPU.
+__device__ __forceinline__ void cluster_wait_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // Arrive at a barrier of another block, after reads only: nothing written before needs publishing.
 __device__ __forceinline__ void arrive_in(uint64_t* barrier, uint32_t rank) {
     asm volatile(
@@ -73,20 +77,6 @@ __device__ __forceinline__ void arrive_in(uint64_t* barrier, uint32_t rank) {
         "r"(rank)
         : "memory");
 }
-__device__ __forceinline__ uint32_t address_in(uint32_t local, uint32_t rank) {
-    uint32_t remote;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-    return remote;
-}
-__device__ __forceinline__ float4 load_cluster(uint32_t address) {
-    float4 v;
-    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
-}
-
 // Four 8x8 matrices of 16-bit values, transposed; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_matrices_transposed(void* row, const uint32_t (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(ptx::shared_address(row)),

@@ -84,15 +84,20 @@ def _speed(receipt: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     short: dict[str, list[dict[str, Any]]] = {}
+    whole: list[str] = []
     for row in rows:
         lines += [_measured(row["case"], one) for one in row["rows"]]
         match = _SHAPES.match(row["case"])
-        if match:
+        if match and int(match["layers"]) == ALL_LAYERS:
+            whole += [_beside(match["form"], one, "measured") for one in row["rows"]]
+        elif match:
             short.setdefault(match["form"], []).append(row)
+    lines += whole
     for form, found in short.items():
         read = receipt["runs"][found[-1]["run"]]["read_gb_per_s"]
         for one in extrapolate([point for row in found for point in row["rows"]], ALL_LAYERS, read):
-            lines.append(_extrapolated(form, one))
+            few, more = one["extrapolated"]
+            lines.append(_beside(form, one, f"extrapolated from {few} and {more}"))
     return "\n".join(lines)
 
 
@@ -104,16 +109,16 @@ def _measured(case: str, one: dict[str, Any]) -> str:
     )
 
 
-def _extrapolated(form: str, one: dict[str, Any]) -> str:
+def _beside(form: str, one: dict[str, Any], how: str) -> str:
+    """All layers of a model of the 8B shapes, beside the peer."""
     peer = beside_peer(form, one)
     theirs = (
         f"{peer['tokens_per_s']:.0f} | {peer['share_of_read_bandwidth']:.0%} | {peer['share_ours_over_theirs']:.2f}"
         if peer
         else " | | "
     )
-    few, more = one["extrapolated"]
     return (
-        f"| 8B {form}, {one['layers']} layers, extrapolated from {few} and {more} | {one['batch']} | "
+        f"| 8B {form}, {one['layers']} layers, {how} | {one['batch']} | "
         f"{one['decode_tokens_per_s']:.0f} | {one['step_ms']:.3f} | {one['first_token_ms']:.1f} | "
         f"{one['share_of_read_bandwidth']:.0%} | {theirs} |"
     )

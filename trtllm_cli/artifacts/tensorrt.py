@@ -56,7 +56,8 @@ class TensorRTTactics(Frozen):
 
     ``complete`` says whether the build log was understood (kernels are recorded), ``network_layers`` counts layers
     before fusion. Where the weights are inputs of the plan, ``weight_inputs`` names them and ``weight_file`` is the
-    safetensors file that holds tensors of these names, in the type and shape to bind.
+    safetensors file that holds tensors of these names, in the type and shape to bind. ``plan_digests`` are the sha256
+    of each 64 MiB of the plan; engines of older versions have none.
     """
 
     network_layers: int
@@ -65,6 +66,7 @@ class TensorRTTactics(Frozen):
     weight_file: RelativePath | None = None
     weight_inputs: tuple[str, ...] = ()
     fp8_attention: bool = False
+    plan_digests: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _covering(self) -> TensorRTTactics:

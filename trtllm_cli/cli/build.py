@@ -67,7 +67,8 @@ def command(
         str | None,
         typer.Option(
             "--generation-batches",
-            help="tensorrt: largest batch of each generation profile. Default: 1,8 and the concurrency.",
+            help="tensorrt: largest batch of each generation profile. Default: 1,8 and the concurrency;"
+            " int8 and int4 weights: without 1.",
             show_default=False,
         ),
     ] = None,

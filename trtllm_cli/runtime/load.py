@@ -113,9 +113,12 @@ def _require_used(artifact: Artifact, how: Execution) -> None:
 
 def _load_tensorrt(artifact: Artifact, threads: int | None, how: Execution, report: Reporter) -> Loaded:
     from trtllm_cli.runtime.tensorrt import driver
+    from trtllm_cli.runtime.tensorrt.intact import Intact
 
+    intact = None
     if how.executor != "reference":
         driver.wake()
+        intact = Intact(artifact)
     import torch
 
     from trtllm_cli.runtime.tensorrt.load import load_on_gpu, load_reference
@@ -124,10 +127,10 @@ def _load_tensorrt(artifact: Artifact, threads: int | None, how: Execution, repo
         torch.set_num_threads(threads)
     started = time.perf_counter()
     executor: Executor
-    if how.executor == "reference":
+    if intact is None:
         executor = load_reference(artifact, how.checkpoint)
     else:
-        executor = load_on_gpu(artifact, how.graphs, report)
+        executor = load_on_gpu(artifact, how.graphs, report, intact)
     tokenizer = _tokenizer(artifact, artifact.engine.tokenizer)
     return Loaded(_name(artifact), artifact, executor, tokenizer, time.perf_counter() - started)
 

@@ -41,6 +41,8 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, repeat: int, prompt: Sequence[int]) -> None:
         self._sampling = sampling
+        #: whether it takes the likeliest token, whatever came before
+        self.greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
         self._random = np.random.Generator(np.random.Philox(np.random.SeedSequence([sampling.seed, repeat])))
         self._seen = set(prompt)
 

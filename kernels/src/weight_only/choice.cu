@@ -97,23 +97,22 @@ double split_time(const trtllm_weight_only_gemm_params& p, const SplitTimes& tim
 
 bool read_tactic(int tactic, Choice* c) {
     if (tactic == 101) {
-        *c = {Kernel::kPortable, 0, 0, 0, 0};
+        *c = {Kernel::kPortable, 0, 0, 0};
         return true;
     }
     if (tactic >= 102 && tactic <= 104) {
-        *c = {Kernel::kPersistent, tactic == 102 ? 256 : 128, tactic == 104 ? 3 : 2, 2, 1};
+        *c = {Kernel::kPersistent, tactic == 102 ? 256 : 128, tactic == 104 ? 3 : 2, 1};
         return true;
     }
     const int log = tactic / 1000;
-    *c = {Kernel::kSplit, log < 16 ? 1 << log : 0, tactic / 100 % 10, tactic / 10 % 10, tactic % 10};
+    *c = {Kernel::kSplit, log < 16 ? 1 << log : 0, tactic / 100 % 10, tactic % 10};
     if (c->tokens < 16 || c->tokens > 128 || (c->groups != 2 && c->groups != 4)) return false;
     if (c->tokens == 128 && c->groups == 2) return false;
-    if ((c->share != 1 && c->share != 2 && c->share != 4) || c->split < 1 || c->share * c->split > 8) return false;
-    return c->tokens / c->share >= 8;
+    return tactic / 10 % 10 == 1 && c->split >= 1 && c->split <= 8;
 }
 
 Choice by_size(const trtllm_weight_only_gemm_params& p) {
-    Choice best = {Kernel::kPersistent, 256, 2, 2, 1};
+    Choice best = {Kernel::kPersistent, 256, 2, 1};
     double least = 1e300;
     const auto consider = [&](const Choice& c, double time) {
         if (time < least) least = time, best = c;
@@ -127,14 +126,14 @@ Choice by_size(const trtllm_weight_only_gemm_params& p) {
             // clusters of three blocks of two warpgroups were measured to crowd on a part of the multiprocessors
             for (int split : {1, 2, 3, 4, 6, 8}) {
                 if (split > stages || (split == 3 && groups == 2)) continue;
-                consider({Kernel::kSplit, times.tokens, groups, 1, split}, split_time(p, times, groups, split));
+                consider({Kernel::kSplit, times.tokens, groups, split}, split_time(p, times, groups, split));
             }
         }
     }
     for (const PersistentTimes& times : kPersistentTimes) {
         const int64_t tiles = int64_t(ceil_div(p.m, times.tokens)) * ceil_div(p.n, 128 * times.groups);
         const int rounds = ceil_div(tiles, std::max(1, multiprocessors() / 2));
-        consider({Kernel::kPersistent, times.tokens, times.groups, 2, 1}, rounds * (stages * times.stage + times.tile));
+        consider({Kernel::kPersistent, times.tokens, times.groups, 1}, rounds * (stages * times.stage + times.tile));
     }
     return best;
 }

@@ -80,7 +80,7 @@ TensorArguments arguments_of(const trtllm_weight_only_gemm_params& p) {
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
 Choice choice_of(const trtllm_weight_only_gemm_params& p, int compute_capability) {
-    Choice c = {Kernel::kPortable, 0, 0, 0, 0};
+    Choice c = {Kernel::kPortable, 0, 0, 0};
     // code for 9.0 is built with Hopper's own instructions (90a); other GPUs lack wgmma
     if (compute_capability != 90 || p.tactic == 101) return c;
     if (p.tactic > 100 && read_tactic(p.tactic, &c)) return c;
@@ -91,7 +91,7 @@ cudaError_t hopper(const trtllm_weight_only_gemm_params& p, const TensorArgument
                    cudaStream_t stream) {
     const bool persistent = c.kernel == Kernel::kPersistent;
     const int tile_tokens = c.tokens, rows = 64 * c.groups;
-    const int share = c.share;
+    const int share = persistent ? 2 : 1;  // blocks of rows that copy activations for each other
     CUtensorMap x_map, weight_map;
     const MapOf wide = {CU_TENSOR_MAP_DATA_TYPE_UINT16, CU_TENSOR_MAP_SWIZZLE_128B, 2};
     // eight bytes an element: a box is at most 256 of them wide, and a stripe of a stage has up to 2048 bytes
@@ -108,7 +108,7 @@ cudaError_t hopper(const trtllm_weight_only_gemm_params& p, const TensorArgument
     l.x_map = &x_map;
     l.weight_map = &weight_map;
     l.arguments = &a;
-    l.plan = {share, persistent ? 1 : std::min(c.split, int(a.stages)), ceil_div(p.m, tile_tokens)};
+    l.plan = {std::min(c.split, int(a.stages)), ceil_div(p.m, tile_tokens)};
     l.tokens = tile_tokens;
     l.groups = c.groups;
     l.row_tiles = ceil_div(ceil_div(p.n, rows), share) * share;

@@ -25,7 +25,7 @@ from trtllm_cli.build.tensorrt.log import LogReader, PlanFacts
 from trtllm_cli.build.tensorrt.module import TensorRT, load
 from trtllm_cli.build.tensorrt.network import Profile, Sizing, add_profiles, define, new_definition, profiles
 from trtllm_cli.build.tensorrt.ops import NO_CHOICES, Choices
-from trtllm_cli.build.tensorrt.plan import PlanWriter, read_header
+from trtllm_cli.build.tensorrt.plan import PlanWriter, digests, read_header
 from trtllm_cli.build.tensorrt.quantized import Quantized, nothing
 from trtllm_cli.build.tensorrt.weights import WeightSource, write
 from trtllm_cli.errors import UnsupportedError, UsageError
@@ -52,7 +52,7 @@ class TrtBuild:
     ``targets`` is empty where the package only builds for the GPU of the machine. ``network_layers`` counts layers
     before fusion; ``linears`` says per profile what the products compiled to (empty where the log was not understood);
     ``cache_bytes`` is the memory of all caches at full concurrency; ``weight_inputs`` names the weights that are inputs
-    of the plan, which ``weight_bytes`` includes.
+    of the plan, which ``weight_bytes`` includes. ``plan_digests``: see :func:`trtllm_cli.build.tensorrt.plan.digests`.
     """
 
     plan: Path
@@ -69,6 +69,7 @@ class TrtBuild:
     seconds: float
     choices: Choices = NO_CHOICES
     weight_inputs: tuple[str, ...] = ()
+    plan_digests: tuple[str, ...] = ()
 
 
 def build_plan(
@@ -145,6 +146,7 @@ def build_plan(
         seconds=time.monotonic() - started,
         choices=choices,
         weight_inputs=tuple(spec.tensor_shapes()) if choices.weights_as_inputs else (),
+        plan_digests=digests(directory / PLAN),
     )
     needs = {"weights": built.weight_bytes, "caches": built.cache_bytes, "activations": facts.scratch_bytes}
     report.say(

@@ -247,7 +247,9 @@ class Evaluator:
             self._scaled[output.name] = Scaled(numbers, scale)
             wide = scale[:, None] if scale.ndim else scale
         else:
-            wide = scale.repeat_interleave(numbers.shape[1] // scale.shape[1], dim=1)
+            wide = scale
+            for axis, size in enumerate(numbers.shape):  # a block is one wide along the other axis
+                wide = wide.repeat_interleave(size // scale.shape[axis], dim=axis)
         return (numbers * wide).to(self.torch_dtype(output.dtype))
 
     def _matrix_multiply(self, layer: Any, values: Values) -> torch.Tensor:

@@ -70,10 +70,10 @@ class Layers:
         wanted = self.dtype(dtype)
         return x if x.dtype == wanted else self.add("cast", name, x, wanted)
 
-    def product(self, name: str, x: Tensor, weight: Tensor) -> Tensor:
-        """``x @ weight.T``, with ``weight`` [N, K] as it is stored. Raises as :meth:`add`."""
+    def product(self, name: str, x: Tensor, weight: Tensor, turned: bool = False) -> Tensor:
+        """``x @ weight.T`` with ``weight`` [N, K]; ``turned``: ``x @ weight`` with [K, N]. Raises as :meth:`add`."""
         none, transpose = self.trt.api.MatrixOperation.NONE, self.trt.api.MatrixOperation.TRANSPOSE
-        return self.add("matrix_multiply", name, x, none, weight, transpose)
+        return self.add("matrix_multiply", name, x, none, weight, none if turned else transpose)
 
     def constant(self, name: str, bits: NDArray[Any], dtype: Dtype | None = None) -> Tensor:
         """A constant of the array's shape; ``dtype`` where the array only holds bits (bfloat16 as uint16)."""

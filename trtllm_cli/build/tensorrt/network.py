@@ -43,13 +43,16 @@ class Sizing(Frozen):
     """The two numbers that size an engine: positions a sequence can have, and sequences at once.
 
     ``generation`` holds the largest batch of each generation profile, growing, the concurrency last; empty: derived.
-    ``wide_rows`` keeps the number of logits rows from being fixed at one (see :func:`generation_batches`),
+    ``low_bit`` is for int8 or int4 weights and unquantized inputs: the profile that takes one sequence is tuned for
+    one, whatever else it takes. ``wide_rows`` keeps the number of logits rows from being fixed at one, both for the
+    reason that :func:`generation_batches` gives;
     ``whole_cache`` lets attention always walk the whole of it: attention of prompts in fp8 is only fused then.
     """
 
     context: int = Field(gt=0)
     concurrency: int = Field(gt=0)
     generation: tuple[int, ...] = ()
+    low_bit: bool = False
     wide_rows: bool = False
     whole_cache: bool = False
 
@@ -75,20 +78,20 @@ def updated(cache: str) -> str:
     return f"{cache}.updated"
 
 
-def generation_batches(concurrency: int, single: bool = True) -> tuple[int, ...]:
+def generation_batches(concurrency: int, low_bit: bool = False) -> tuple[int, ...]:
     """The largest batch of each generation profile: one sequence, a few, and all.
 
-    Kernels specialised for one sequence are twice as fast as those of a range (measured: 30 layers of width 576,
-    float16: 3.6 ms a step, in a profile of batch 1..64 8 ms), and a profile is usually tuned for its largest batch. The
-    price is time: each profile is compiled by itself, and a profile of batch 1 keeps some weights in a second layout.
+    A product for one sequence alone takes half the time of one for any batch (8B shapes in bfloat16 on an H200: gate
+    and up 73 us, in a profile of batches 1..8 that is tuned for one 143 us). The price is time, since each profile is
+    compiled by itself, and a second layout of the weights.
 
-    ``single`` is false where weights are int8 and activations are not: at a batch that is fixed at 1 most such weights
-    are dequantized in memory first, at batches of 1 to 2 none is (read off the build logs of TensorRT-RTX 1.6.1). The
-    last batch is then 2 for a concurrency of 1.
+    ``low_bit`` weights with unquantized inputs have no profile for one alone. At a batch that is fixed at 1 most int8
+    weights are dequantized in memory first (read off the build logs of TensorRT-RTX 1.6.1); and where a few are also
+    taken, the kernels for one are as fast if the profile is tuned for it. The last batch is then 2 for a concurrency
+    of 1.
     """
-    least = 1 if single else 2
-    most = max(concurrency, least)
-    return (*(batch for batch in (least, _FEW) if batch < most), most)
+    most = max(concurrency, 2 if low_bit else 1)
+    return (*(batch for batch in ((_FEW,) if low_bit else (1, _FEW)) if batch < most), most)
 
 
 def profiles(sizing: Sizing) -> tuple[Profile, ...]:
@@ -110,9 +113,9 @@ def profiles(sizing: Sizing) -> tuple[Profile, ...]:
         )
     ]
     least = 1
-    for most in sizing.generation or generation_batches(sizing.concurrency):
+    for most in sizing.generation or generation_batches(sizing.concurrency, sizing.low_bit):
         # two slots serve one sequence most of the time
-        sizes = (least, 1 if least == 1 and most == 2 else most, most)
+        sizes = (least, 1 if least == 1 and (most == 2 or sizing.low_bit) else most, most)
         rows = (1, 1, 2) if most == 1 and sizing.wide_rows else sizes
         found.append(Profile(name=f"generation-{most}", batch=sizes, tokens=(1, 1, 1), rows=rows, seen=seen))
         least = most + 1

@@ -23,6 +23,7 @@ from trtllm_cli.artifacts.schema import Dtype
 from trtllm_cli.build.tensorrt.layers import Layers, Tensor
 from trtllm_cli.build.tensorrt.quantized import QuantizedSource, nothing
 from trtllm_cli.build.tensorrt.quantized_ops import QuantizedOps
+from trtllm_cli.build.tensorrt.sizes import Sizes
 from trtllm_cli.build.tensorrt.weights import WeightSource, cast, checked, from_float32
 from trtllm_cli.models import rotary
 from trtllm_cli.models.spec import DecoderSpec, Frozen, NormSpec, RotarySpec
@@ -89,12 +90,12 @@ class TrtOps(Ops[Tensor]):
 
     def positions(self, token_ids: Tensor, starts: Tensor) -> Tensor:
         net, api = self._net, self._api
-        shape = self._sizes = net.add("shape", "positions/shape", token_ids)  # int64 [2]: batch, tokens of each
+        shape = self._sizes = Sizes(net, token_ids)
         first = net.constant("positions/first", np.zeros((), np.int32))
         step = net.constant("positions/step", np.array([0, 1], np.int32))
 
         def ramp(layer: Any) -> None:
-            layer.set_input(0, shape)
+            layer.set_input(0, shape.grid)
             layer.set_input(1, first)
             layer.set_input(2, step)
 
@@ -121,7 +122,7 @@ class TrtOps(Ops[Tensor]):
         parts, begin = [], 0
         for module in modules:
             width = self._shapes[f"{module}.weight"][0]
-            part = self._columns(f"{module}/part", whole, begin, width)
+            part = self._sizes.columns(f"{module}/part", whole, begin, width, self._tokens)
             parts.append(self._biased(part, module))
             begin += width
         return tuple(parts)
@@ -196,34 +197,15 @@ class TrtOps(Ops[Tensor]):
         joined = self._net.add("concatenation", f"{name}/joined", [q, k, v], configure=columns)
         held = self._net.binary(f"{name}/held", joined, self._ones(), "PROD")
         every = self.split_heads(held, turned + spec.num_kv_heads, spec.head_dim)
-        both = self.rotary(self._heads(f"{name}/qk", every, 0, turned), positions, spec.rotary)
+        both = self.rotary(self._sizes.heads(f"{name}/qk", every, 0, turned), positions, spec.rotary)
         return (
-            self._heads(f"{name}/q", both, 0, spec.num_heads),
-            self._heads(f"{name}/k", both, spec.num_heads, spec.num_kv_heads),
-            self._heads(f"{name}/v", every, turned, spec.num_kv_heads),
-        )
-
-    def _heads(self, name: str, x: Tensor, begin: int, count: int) -> Tensor:
-        """Heads ``begin`` .. ``begin + count - 1`` of x [B, heads, S, D]."""
-        width = x.shape[3]
-
-        def axis(index: int) -> Tensor:
-            at = self._net.constant(f"sizes/at{index}", np.array([index], np.int32))
-            return self._once(
-                ("axis", index), lambda: self._net.add("gather", f"sizes/axis{index}", self._sizes, at, 0)
-            )
-
-        def size() -> Tensor:
-            heads, depth = (self._net.constant(f"sizes/{n}", np.array([n], np.int64)) for n in (count, width))
-            return self._net.add("concatenation", f"sizes/heads{count}x{width}", [axis(0), heads, axis(1), depth])
-
-        shape = self._once(("heads", count, width), size)
-        return self._net.add(
-            "slice", name, x, (0, begin, 0, 0), (0,) * 4, (1,) * 4, configure=lambda layer: layer.set_input(2, shape)
+            self._sizes.heads(f"{name}/q", both, 0, spec.num_heads),
+            self._sizes.heads(f"{name}/k", both, spec.num_heads, spec.num_kv_heads),
+            self._sizes.heads(f"{name}/v", every, turned, spec.num_kv_heads),
         )
 
     def split_heads(self, x: Tensor, heads: int, head_dim: int) -> Tensor:
-        sizes = self._batched((heads, head_dim))
+        sizes = self._sizes.gridded(heads, head_dim)
 
         def configure(layer: Any) -> None:
             layer.set_input(1, sizes)
@@ -267,7 +249,7 @@ class TrtOps(Ops[Tensor]):
         scaled = self._net.binary(f"{_module(q)}/scaled", q, self._scalar(spec.scale, self._dtype, 4), "PROD")
         softmax, no_causal = self._api.AttentionNormalizationOp.SOFTMAX, self._api.CausalMaskKind.NONE
         mask = self._mask(positions, spec.window)
-        k, v = self._begun(cache.k, spec), self._begun(cache.v, spec)
+        k, v = self._begun(cache.k), self._begun(cache.v)
         operands, top = (scaled, k, v), None
         if self._choices.fp8_attention:
             operands = (self._fp8(scaled), self._fp8(k), self._fp8(v))
@@ -283,29 +265,13 @@ class TrtOps(Ops[Tensor]):
 
         return self._net.add("attention_v2", name, *operands, softmax, no_causal, configure=configure)
 
-    def _begun(self, cache: Tensor, spec: AttentionSpec) -> Tensor:
+    def _begun(self, cache: Tensor) -> Tensor:
         """The first positions of a cache [B, kv_heads, C, D], as many as are seen.
 
         It is a copy, but one that costs less than attention to positions that hold nothing (measured: 30 layers of
         width 576, a cache of 2048: a step at position 200 takes half the time, one at the end is no slower).
         """
-        seen = self._seen
-        if seen is None:
-            return cache
-
-        def size() -> Tensor:
-            net = self._net
-            batch = net.add("gather", "seen/batch", self._sizes, net.constant("seen/first", np.zeros(1, np.int32)), 0)
-            heads = net.constant("seen/heads", np.array([spec.num_kv_heads], np.int64))
-            length = net.add("shape", "seen/length", seen)
-            width = net.constant("seen/width", np.array([spec.head_dim], np.int64))
-            return net.add("concatenation", "seen/size", [batch, heads, length, width])
-
-        shape = self._once(("seen", spec.num_kv_heads, spec.head_dim), size)
-        name = f"{_module(cache)}/seen"
-        return self._net.add(
-            "slice", name, cache, (0,) * 4, (0,) * 4, (1,) * 4, configure=lambda layer: layer.set_input(2, shape)
-        )
+        return cache if self._seen is None else self._sizes.begun(f"{_module(cache)}/seen", cache, self._seen)
 
     def _fp8(self, x: Tensor) -> Tensor:
         """What x is as E4M3: its range of 448 holds queries, keys and values as they are, so the scale is 1."""
@@ -323,19 +289,6 @@ class TrtOps(Ops[Tensor]):
         bias = f"{module}.bias"
         return self._net.binary(f"{module}/biased", y, self._weight(bias, 2), "SUM") if bias in self._shapes else y
 
-    def _columns(self, name: str, x: Tensor, begin: int, width: int) -> Tensor:
-        """Columns ``begin`` .. ``begin + width - 1`` of x [tokens, N]."""
-
-        def size() -> Tensor:
-            tokens = self._once(("tokens",), lambda: self._net.add("shape", "tokens/shape", self._tokens))
-            columns = self._net.constant(f"sizes/{width}", np.array([width], np.int64))
-            return self._net.add("concatenation", f"sizes/tokens x {width}", [tokens, columns])
-
-        shape = self._once(("columns", width), size)
-        return self._net.add(
-            "slice", name, x, (0, begin), (0, 0), (1, 1), configure=lambda layer: layer.set_input(2, shape)
-        )
-
     def _between(self, what: str, a: Tensor, b: Tensor | float, operation: str) -> Tensor:
         """An elementwise operation whose second operand may be a number or have fewer axes."""
         if isinstance(b, (int, float)):
@@ -351,16 +304,6 @@ class TrtOps(Ops[Tensor]):
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
-
-    def _batched(self, rest: tuple[int, ...]) -> Tensor:
-        """The shape (batch, tokens of each, *rest), int64: what a reshape of [tokens, width] is given."""
-
-        def make() -> Tensor:
-            name = "sizes/" + "x".join(map(str, rest))
-            tail = self._net.constant(f"{name}/tail", np.array(rest, np.int64))
-            return self._net.add("concatenation", name, [self._sizes, tail])
-
-        return self._once(("sizes", rest), make)
 
     def _ones(self) -> Tensor:
         """[tokens, 1] ones in the compute type which the builder cannot know to be ones."""

@@ -6,9 +6,12 @@ numbers of the package's version at 24.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import mmap
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -18,6 +21,8 @@ from trtllm_cli.errors import BadInputError
 
 _MAGIC = b"vtrt"
 _HEADER = struct.Struct("<4s12xQ4B")
+#: bytes of a plan that one digest is of, and how many are computed at once
+_PIECE, _THREADS = 1 << 26, 8
 _REPEAT = "repeat `trtllm-cli build` with --force"
 
 
@@ -42,6 +47,18 @@ def read_header(path: Path) -> PlanHeader:
     if size != actual:
         raise BadInputError("PLAN_DAMAGED", f"{path} has {actual} bytes, its header says {size}", _REPEAT)
     return PlanHeader(size, ".".join(str(number) for number in version))
+
+
+def digests(plan: Path) -> tuple[str, ...]:
+    """The sha256 of each 64 MiB of a plan, in order; several at a time, because a plan can have many GiB."""
+    with plan.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+
+        def digest(begin: int) -> str:
+            with memoryview(mapped) as whole, whole[begin : begin + _PIECE] as piece:
+                return hashlib.sha256(piece).hexdigest()
+
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+            return tuple(pool.map(digest, range(0, len(mapped), _PIECE)))
 
 
 class PlanWriter:

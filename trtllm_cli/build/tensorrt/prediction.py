@@ -27,7 +27,7 @@ _BASE, _LAYER = 200 * _MIB, int(3.5 * _MIB)
 #: memory for each byte of a weight: tables and heads, other products of the compute type, and low-bit weights by type
 #: where inputs are not quantized, and where they are
 _TABLE, _DENSE = 1.0, 1.6
-_WEIGHTS: Mapping[str, float] = {"int8": 2.7, "int4": 5.0}
+_WEIGHTS: Mapping[str, float] = {"int8": 2.9, "int4": 5.2}
 _PRODUCTS: Mapping[str, float] = {"int8": 2.0, "fp8": 1.0}
 #: for each byte that a profile of a single sequence keeps in a second layout (merged q, k, v and gate, up)
 _SECOND = 1.9

@@ -249,6 +249,22 @@ def _permuted(packed: NDArray[Any], order: NDArray[np.int32]) -> NDArray[Any]:
     return repacked
 
 
+#: rows that are turned at once: few enough for a processor's cache
+_BLOCK = 64
+
+
+def turned(packed: NDArray[Any]) -> NDArray[Any]:
+    """int4 numbers [N, K], two a byte, as [K, N]. N must be even."""
+    outputs = packed.shape[0] // 2
+    found = np.empty((packed.shape[1] * 2, outputs), np.uint8)
+    for begin in range(0, outputs, _BLOCK):
+        block = slice(begin, begin + _BLOCK)
+        above, below = packed[0::2][block], packed[1::2][block]
+        found[0::2, block] = ((above & 0xF) | (below << 4)).T
+        found[1::2, block] = ((above >> 4) | (below & 0xF0)).T
+    return found
+
+
 def scale_bits(scale: NDArray[np.float32], dtype: Dtype, module: str) -> NDArray[Any]:
     """Scales in the compute type, which TensorRT demands. Raises BadInputError where one does not fit it."""
     bits = from_float32(scale, dtype).reshape(scale.shape)

@@ -57,7 +57,8 @@ class TensorRTOptions(StageOptions):
     ``concurrency`` how many sequences run at once, ``dtype`` what is computed in (``auto``: the checkpoint's), and
     ``target`` the compute capabilities the plan is for (``sm80,sm89``; default: all current ones the type allows).
     ``generation_batches`` divides the batches of generation among profiles: ``1,8,64`` makes one for a single sequence,
-    one for 2 to 8, one for 9 to 64 (default: 1, 8 and the concurrency; for int8 weights 2, 8 and the concurrency).
+    one for 2 to 8, one for 9 to 64 (default: 1, 8 and the concurrency; 8 and the concurrency where only weights are
+    int8 or int4).
     ``max_ram`` is the memory the build may take (``24GiB``; default: what is available); one that is predicted to take
     more is refused. ``weights_as_inputs`` makes a small plan that takes its weights when it is loaded, from a file
     beside it. ``fp8_attention`` multiplies queries, keys, probabilities and values as E4M3; caches keep the compute
@@ -122,7 +123,8 @@ def build_tensorrt_engine(
         context=cast(int, options.context),
         concurrency=options.concurrency,
         generation=options.generation_batches,
-        wide_rows=head(body.spec) in _int8_weights(body),
+        low_bit=_low_bit(body),
+        wide_rows=head(body.spec) in _only_weights(body, "int8"),
         whole_cache=options.fp8_attention,
     )
     request = Request("engine", "build", config, (checkpoint,), {trt.package: trt.version}, {"backend": "tensorrt"})
@@ -209,22 +211,28 @@ def tactics(built: TrtBuild) -> TensorRTTactics:
         weight_file=WEIGHTS if built.weight_inputs else None,
         weight_inputs=built.weight_inputs,
         fp8_attention=built.choices.fp8_attention,
+        plan_digests=built.plan_digests,
     )
 
 
-def _int8_weights(body: CheckpointBody) -> set[str]:
-    """Modules with int8 weights and unquantized inputs: their kernels need room for a second token."""
+def _only_weights(body: CheckpointBody, *types: str) -> set[str]:
+    """Modules whose weights have one of the types and whose inputs are not quantized."""
     layers = body.quantization.layers if body.quantization else ()
-    return {layer.module for layer in layers if layer.scheme.type == "int8" and layer.activation is None}
+    return {layer.module for layer in layers if layer.scheme.type in types and layer.activation is None}
 
 
-def resolve_generation(given: tuple[int, ...], concurrency: int, single: bool = True) -> tuple[int, ...]:
-    """The largest batch of each generation profile, the concurrency last; ``single`` as in generation_batches.
+def _low_bit(body: CheckpointBody) -> bool:
+    """Whether more than the head has low-bit weights and unquantized inputs."""
+    return bool(_only_weights(body, "int8", "int4") - {head(body.spec)})
+
+
+def resolve_generation(given: tuple[int, ...], concurrency: int, low_bit: bool = False) -> tuple[int, ...]:
+    """The largest batch of each generation profile, the concurrency last; ``low_bit`` as in generation_batches.
 
     Raises UsageError for a profile without a batch, or beyond the concurrency.
     """
     if not given:
-        return generation_batches(concurrency, single)
+        return generation_batches(concurrency, low_bit)
     told = ",".join(map(str, given))
     least = 1
     for most in given:
@@ -257,9 +265,7 @@ def _effective(config: Configured[TensorRTOptions], body: CheckpointBody) -> Con
         "context": context,
         "dtype": dtype,
         "target": resolve_targets(load(), given.target, dtype, kinds),
-        "generation_batches": resolve_generation(
-            given.generation_batches, given.concurrency, not _int8_weights(body) - {head(spec)}
-        ),
+        "generation_batches": resolve_generation(given.generation_batches, given.concurrency, _low_bit(body)),
     }
     origins: dict[str, Origin] = dict(config.origins)
     for name, value in values.items():

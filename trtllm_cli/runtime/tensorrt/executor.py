@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -112,8 +112,11 @@ class TensorRTExecutor:
             self._best = memory.zeros((most_rows * _BEST_BYTES,), torch.uint8)
         self._staging = torch.zeros(self._inputs.shape, dtype=torch.int32, pin_memory=memory.has_graphs)
         self._best_here = torch.zeros(self._best.shape, dtype=torch.uint8, pin_memory=memory.has_graphs)
+        best, ids = _best_of(self._best_here)
+        self._found = best.numpy(), ids.numpy()
         #: whether the device may still read the staging buffer
         self._reading = False
+        self._owners: tuple[Any, NDArray[np.intp], list[int]] = (None, np.empty(0, np.intp), [])
         self._contexts: dict[int, Any] = {}
         self._bound: dict[int, tuple[Any, ...]] = {}
         self._ran: set[_Key] = set()
@@ -142,21 +145,20 @@ class TensorRTExecutor:
     def choose(self, segments: Sequence[Segment], samplers: Sequence[Sampler]) -> list[int]:
         """See :class:`trtllm_cli.runtime.executor.ChoosingExecutor`."""
         tokens: dict[int, int | None] = {}
-        greedy = all(one.sampling.temperature == 0 and one.sampling.repetition_penalty == 1 for one in samplers)
+        greedy = all(one.greedy for one in samplers)
         for one, logits in self._run(segments, greedy):
-            wanted = np.flatnonzero(one.owners >= 0)
-            if len(wanted) == 0:
+            wanted, owners = self._wanted(one)
+            if not owners:
                 continue
-            owners = one.owners[wanted].tolist()
             if greedy:
-                chosen = self._likeliest(len(one.rows), wanted)
+                chosen = self._likeliest(wanted)
                 for owner, token in zip(owners, chosen, strict=True):
                     if token is not None:
                         samplers[owner].take(token)
             else:
                 with self._memory.active():
                     rows = logits
-                    if len(wanted) < len(one.owners):
+                    if len(owners) < len(one.owners):
                         rows = logits[torch.from_numpy(wanted).to(logits.device)]
                     chosen = sampling_torch.choose(rows, [samplers[owner] for owner in owners])
                 self._reading = False  # that waited
@@ -189,8 +191,13 @@ class TensorRTExecutor:
 
     def _run(self, segments: Sequence[Segment], greedy: bool = False) -> Iterator[tuple[Pass, torch.Tensor]]:
         """Each pass with its logits [R, vocab], which the next one overwrites; ``greedy``: see :meth:`_likeliest`."""
-        check_segments(segments, self.context, self.slots, self.vocab_size)
-        for one in self._planner.plan(segments):
+        passes: Iterable[Pass]
+        if (steady := self._planner.steady(segments, self.vocab_size)) is not None:
+            passes = (steady,)
+        else:
+            check_segments(segments, self.context, self.slots, self.vocab_size)
+            passes = self._planner.plan(segments)
+        for one in passes:
             self._execute(one, greedy)
             yield one, self._logits[: len(one.rows)]
         if self._fresh:
@@ -240,16 +247,24 @@ class TensorRTExecutor:
 
     def _pick(self, rows: int) -> None:
         """Enqueue the search for the likeliest token of each row, and the copy of what was found."""
-        ids, best = _best_of(self._best, rows)
-        torch.max(self._logits[:rows], dim=1, out=(best, ids))
+        best, ids = _best_of(self._best)
+        torch.max(self._logits[:rows], dim=1, out=(best[:rows], ids[:rows]))
         self._best_here.copy_(self._best, non_blocking=True)
 
-    def _likeliest(self, rows: int, wanted: NDArray[np.intp]) -> list[int | None]:
-        """The likeliest tokens of the pass that was enqueued with ``greedy``; None where a row is not finite."""
+    def _likeliest(self, wanted: NDArray[np.intp]) -> list[int | None]:
+        """The likeliest tokens of some rows of the pass enqueued with ``greedy``; None where one is not finite."""
         self._wait()
-        ids, best = (found.numpy() for found in _best_of(self._best_here, rows))
-        finite = np.isfinite(best)  # a NaN anywhere is the maximum
-        return [int(ids[row]) if finite[row] else None for row in wanted.tolist()]
+        best, ids = self._found
+        tokens: list[int | None] = ids[wanted].tolist()
+        finite = np.isfinite(best[wanted])  # a NaN anywhere is the maximum
+        return tokens if finite.all() else [token if fine else None for token, fine in zip(tokens, finite, strict=True)]
+
+    def _wanted(self, one: Pass) -> tuple[NDArray[np.intp], list[int]]:
+        """The rows of a pass that somebody wants, and who; kept while passes share their owners."""
+        if one.owners is not self._owners[0]:
+            rows = np.flatnonzero(one.owners >= 0)
+            self._owners = one.owners, rows, one.owners[rows].tolist()
+        return self._owners[1], self._owners[2]
 
     def _wait(self) -> None:
         self._memory.synchronize()
@@ -304,10 +319,10 @@ class TensorRTExecutor:
         )
 
 
-def _best_of(block: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids, int64 [rows], and logits, float32 [rows], in a block of bytes with room for more."""
+def _best_of(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logits, float32 [R], and their ids, int64 [R], in a block of bytes."""
     most = len(block) // _BEST_BYTES
-    return block[: 8 * most].view(torch.int64)[:rows], block[8 * most :].view(torch.float32)[:rows]
+    return block[8 * most :].view(torch.float32), block[: 8 * most].view(torch.int64)
 
 
 @contextlib.contextmanager

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
     from trtllm_cli.build.tensorrt.layers import Layers
     from trtllm_cli.build.tensorrt.weights import Weight
+    from trtllm_cli.runtime.tensorrt.intact import Intact
     from trtllm_cli.runtime.tensorrt.memory import Memory
 
 
-def load_on_gpu(artifact: Artifact, graphs: bool, report: Reporter) -> TensorRTExecutor:
+def load_on_gpu(artifact: Artifact, graphs: bool, report: Reporter, intact: Intact) -> TensorRTExecutor:
     """Raises UserError with the reason in words when this machine cannot run the engine."""
     import torch
 
@@ -41,6 +42,7 @@ def load_on_gpu(artifact: Artifact, graphs: bool, report: Reporter) -> TensorRTE
     gpu = compatible.require_gpu(path, compatible.find_gpu())
     memory = Memory(torch.device("cuda", torch.cuda.current_device()))
     kernels = KernelFile(path, artifact.id, gpu.name, trt.version, report)
+    intact.require()
     session = open_plan(path, artifact.file(PLAN), engine, tactics, trt, memory, gpu, kernels, report)
     return _executor(artifact, session, memory, tactics, graphs)
 

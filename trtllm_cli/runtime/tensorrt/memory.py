@@ -79,8 +79,11 @@ class Memory:
             finally:
                 graph.capture_end()
 
+        # made once: a step may take as long to prepare as to run
+        here: Any = torch.cuda.stream(self._stream)
+
         def replay() -> None:
-            with self.active():
+            with here:
                 graph.replay()
 
         return replay

@@ -10,7 +10,7 @@ value go just beyond what the slot holds, where its next token overwrites them b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,6 +70,17 @@ class _Piece(NamedTuple):
     wanted: int
 
 
+@dataclass
+class _Steady:
+    """A generation step that was one pass, as the one after it would be: ``starts`` of its segments, on ``rows``."""
+
+    slots: list[int]
+    starts: list[int]
+    wants: list[str]
+    rows: Ints
+    latest: Pass
+
+
 class Planner:
     """Plans passes for an engine of ``slots`` slots of ``context`` positions, keeping account of what slots hold."""
 
@@ -77,14 +88,39 @@ class Planner:
         self._tactics = tactics
         self._context = context
         self._slots = slots
-        #: positions of each slot that may hold something
+        #: positions of each slot that may hold something; of those in ``_steady`` only once that is settled
         self._lengths = [0] * slots
+        self._steady: _Steady | None = None
+
+    def steady(self, segments: Sequence[Segment], vocab_size: int) -> Pass | None:
+        """The pass of a generation step that goes on with all sequences of the step before, and no other.
+
+        None for any other step, and for segments that are not valid: the steps of long texts are mostly such, and the
+        time that planning takes is time in which a GPU waits.
+        """
+        known = self._steady
+        if known is None or [segment.slot for segment in segments] != known.slots:
+            return None
+        if [segment.start for segment in segments] != known.starts or max(known.starts) >= known.latest.seen:
+            return None
+        if [segment.want for segment in segments] != known.wants or any(len(one.tokens) != 1 for one in segments):
+            return None
+        new = np.array([segment.tokens[0] for segment in segments], np.int32)
+        if new.min() < 0 or new.max() >= vocab_size:
+            return None
+        tokens, starts = known.latest.tokens.copy(), known.latest.starts.copy()
+        tokens[known.rows, 0] = new
+        starts[known.rows] += 1
+        known.starts = [start + 1 for start in known.starts]
+        known.latest = replace(known.latest, tokens=tokens, starts=starts)
+        return known.latest
 
     def plan(self, segments: Sequence[Segment]) -> Iterator[Pass]:
         """The passes, in order. The segments must be valid (:func:`trtllm_cli.runtime.executor.check_segments`).
 
         A segment's rows come out in order, but passes of different segments may alternate.
         """
+        self._settle()
         if all(len(segment.tokens) == 1 for segment in segments):
             # every step of generation comes here: no detours
             pieces = [
@@ -93,7 +129,17 @@ class Planner:
             ]
             pieces.sort(key=_slot)
             self._account(pieces)
-            yield from self._steps(pieces)
+            steps = list(self._steps(pieces))
+            if len(steps) == 1:
+                slots = [segment.slot for segment in segments]
+                self._steady = _Steady(
+                    slots=slots,
+                    starts=[segment.start + 1 for segment in segments],
+                    wants=[segment.want for segment in segments],
+                    rows=np.array(slots, np.int32) - steps[0].base,
+                    latest=steps[0],
+                )
+            yield from steps
             return
         queues = [self._pieces(index, segment) for index, segment in enumerate(segments)]
         for turn in range(max(map(len, queues), default=0)):
@@ -105,7 +151,15 @@ class Planner:
 
     def release(self, slot: int) -> None:
         """Nothing that the slot holds is needed any more: idle tokens may run anywhere in it."""
+        self._settle()
         self._lengths[slot] = 0
+
+    def _settle(self) -> None:
+        """Account for the steps that :meth:`steady` planned."""
+        if self._steady is not None:
+            for slot, end in zip(self._steady.slots, self._steady.starts, strict=True):
+                self._lengths[slot] = max(end, self._lengths[slot])
+            self._steady = None
 
     def _reach(self, profile: int, end: int) -> int:
         least, _, most = self._tactics.profiles[profile].seen
