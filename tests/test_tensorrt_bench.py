@@ -109,6 +109,14 @@ def test_profiled_kernels_are_put_together_by_what_they_do():
     assert found["slowest"][0] == {"name": "something else", "ms": 32.0}
 
 
+def test_a_reference_that_reads_otherwise_than_it_wrote_is_counted():
+    best = (((5, 2.0), (6, 1.5)), ((7, 3.0), (8, 1.0)), ((9, 4.0), (1, 0.5)))
+    agreeing, parting = (Text(prompt=(1,), tokens=tokens, best=best) for tokens in ((5, 7, 9), (6, 7, 2)))
+    assert texts.itself([agreeing]) == {"positions": 3, "others": 0, "largest_gap": 0.0}
+    # 6 is half a logit behind; 2 is not among the best, and at least as far behind as the last of them
+    assert texts.itself([agreeing, parting]) == {"positions": 6, "others": 2, "largest_gap": 3.5}
+
+
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
 

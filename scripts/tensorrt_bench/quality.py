@@ -39,6 +39,7 @@ def quality(model: Loaded, form: Format, folder: Path, text: Path, crowd: int) -
     for one, tokens_of_one in zip(reference.texts, written, strict=True):
         partings.append(texts.compare(one, tokens_of_one, texts.read(model.executor, one.prompt, one.tokens)))
     found["greedy"] = {**texts.verdict(partings), "each": [one.model_dump(mode="json") for one in partings]}
+    found["reference_beside_itself"] = texts.itself(reference.texts)
     if crowd:
         found["crowd"] = in_a_crowd(model, reference.texts, crowd)
     kept = (found[what]["met"] for what in ("greedy", "crowd") if what in found)

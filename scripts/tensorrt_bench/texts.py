@@ -121,6 +121,24 @@ def compare(text: Text, tokens: Sequence[int], logits: NDArray[np.float32]) -> P
     )
 
 
+def itself(given: Sequence[Text]) -> dict[str, Any]:
+    """How often the CPU engine, reading in one pass what it wrote token by token, prefers another token; by how much.
+
+    Where its arithmetic amplifies the last place of a sum, as quantized inputs do, no other engine can be closer to it.
+    """
+    gaps = [
+        best[0][1] - dict(best).get(token, best[-1][1])
+        for text in given
+        for token, best in zip(text.tokens, text.best, strict=True)
+        if token != best[0][0]
+    ]
+    return {
+        "positions": sum(len(text.tokens) for text in given),
+        "others": len(gaps),
+        "largest_gap": max(gaps, default=0.0),
+    }
+
+
 def verdict(partings: Sequence[Parting]) -> dict[str, Any]:
     """Of all prompts: how many texts are equal long enough, how many part before at a tie, and the rest."""
     equal = [one for one in partings if one.same >= EQUAL]
