@@ -135,6 +135,41 @@ def test_strange_distributions(shape: str) -> None:
     assert_as_twin(x, **settings)
 
 
+@pytest.mark.parametrize("shape", ["random", "falling", "rising", "few values", "flat"])
+def test_few_and_many_candidates(shape: str) -> None:
+    """What top-k and min-p leave is few enough for one block to decide alone, or not, by number, ties and places; and
+    top-p throws away few draws or many."""
+    torch.manual_seed(7)
+    rows, vocab = 48, 128256
+    x = torch.randn(rows, vocab, device="cuda") * 2.5
+    if shape in ("falling", "rising"):
+        x = x.sort(dim=1, descending=shape == "falling").values
+    elif shape == "few values":
+        x = x.round()
+    elif shape == "flat":
+        x = (x * 1e-3).bfloat16().float()
+    top_k = torch.tensor([0, 0, 1, 2, 50, 64, 127, 128, 129, 250, 1000, 70000], device="cuda").repeat(rows // 12)
+    top_p = torch.tensor([1.0, 0.9, 0.2, 1e-6], device="cuda").repeat_interleave(rows // 4)
+    min_p = torch.tensor([0.0, 0.05, 1.0], device="cuda").repeat(rows // 3)
+    for rolled in range(2):
+        assert_as_twin(
+            x,
+            temperature=torch.linspace(0.2, 1.6, rows, device="cuda"),
+            top_k=top_k.roll(rolled * 5).int(),
+            top_p=top_p,
+            min_p=min_p.roll(rolled),
+            seeds=torch.arange(rows, device="cuda"),
+        )
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 33, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_any_number_of_rows(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(10)
+    logits = (torch.randn(rows, 32768, device="cuda") * 3).to(dtype)
+    assert_as_twin(logits, **requests(rows, 32768, rows), counts=seen(rows, 32768), advance=True)
+
+
 def test_rows_without_a_largest_logit_are_marked() -> None:
     from trtllm_cli.ops.cuda import sampling
 

@@ -23,15 +23,19 @@ constexpr int kReducePitch = 272;  // floats
 constexpr int query_bytes(int head_size) { return kMostGroup * (2 * head_size + 64) + 4 * head_size + kWarps * 512; }
 constexpr int attention_bytes(int head_size) { return kWarps * 4 * (head_size + 4) * 4; }
 
+constexpr int kTileBytes = 2048;  // of keys or values, in one buffer of a ring
+constexpr int tile_keys(int head_size) { return kTileBytes / 2 / head_size; }
+
 // The same for every block; computed on the host.
 struct Plan {
     int grid;
-    int slots, slot_bytes;  // of each warp's ring
+    int threads;            // a block
+    int slots, slot_bytes;  // of each warp's ring, where weights are packed of the block's
     int tile_bytes;
     int tiles[kProducts], stripes[kProducts], inputs[kProducts];
     int stripe_step[kProducts];  // bytes from a block's stripe to its next
     int splits;       // most blocks a kv head
-    int block_tiles;  // least 16-key tiles a block
+    int block_tiles;  // least tiles of keys a block
     int page_shift;   // log2 of the page size
     // offsets in shared memory; each product has its sums apart: the next one may begin while they are read
     int x_at, sums_at, reduce_at[kProducts], query_at, ring_at;

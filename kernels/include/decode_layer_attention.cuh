@@ -1,10 +1,10 @@
 // Attention of one token within the decoder layers' kernel: a kv head's keys are shared by several blocks, a block's by
-// its warps, 16 keys at a time. The block with the newest keys puts the head's parts together.
+// its warps, a tile of 2 KB at a time. The block with the newest keys puts the head's parts together.
 // Sources: Milakov and Gimelshein 2018 (online softmax); Dao et al. 2023 (flash-decoding).
 #pragma once
 
 #include "decode_layer_exchange.cuh"
-#include "decode_layer_ring.cuh"
+#include "decode_layer_stream.cuh"
 
 namespace trtllm::decode_layer {
 
@@ -26,10 +26,16 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// Where a block's weights, keys and values come from.
+template <typename T, Kind K, int D>
+using Source = std::conditional_t<K == Kind::kDense, Ring<T, K, D>, Stream<T, K, D>>;
+
+// The threads that compute meet.
+__device__ __forceinline__ void meet() { ptx::named_barrier_sync<kThreads>(1); }
+
 template <typename T, Kind K, int D>
 class Attention {
-    static constexpr int kPieces = kTileKeys * D * 2 / kPieceBytes;
-    static constexpr int kPieceKeys = kTileKeys / kPieces;
+    static constexpr int kTileKeys = tile_keys(D);
     static constexpr int kRowBytes = D * 2;
     static constexpr int kEach = D / 32;  // of a head's elements, a lane
     static constexpr int kAtOnce = 4;     // heads whose sums the warps exchange at a time
@@ -37,23 +43,23 @@ class Attention {
     const trtllm_decode_layer_params& p;
     const Plan& plan;
     const Keys& keys;  // in shared memory
-    Ring<T, K, D>& ring;
+    Source<T, K, D>& ring;
     const Exchange& exchange;
     Scratch& scratch;
     char* const queries;       // [8 heads][kQueryPitch], then the new key and value
-    float* const weights;      // [warp][16 keys][8 heads]
+    float* const weights;      // [warp][kTileKeys][8 heads]
     float* const sums;         // [warp][kAtOnce][kSumPitch]
     const int lane, warp, group;
 
   public:
     static constexpr int kQueryPitch = kRowBytes + 64;
     static constexpr int kQueryBytes = kMostGroup * kQueryPitch + 2 * kRowBytes;
-    static constexpr int kWeightBytes = kWarps * kTileKeys * kMostGroup * 4;
+    static constexpr int kWeightBytes = kWarps * 16 * kMostGroup * 4;
     static constexpr int kSumPitch = D + 4;
     static constexpr int kSumBytes = kWarps * kAtOnce * kSumPitch * 4;
 
     __device__ __forceinline__ Attention(const trtllm_decode_layer_params& params, const Plan& plan_of,
-                                         const Keys& keys_of, Ring<T, K, D>& ring_of,
+                                         const Keys& keys_of, Source<T, K, D>& ring_of,
                                          const Exchange& exchange_of, char* shared, Scratch& of)
         : p(params),
           plan(plan_of),
@@ -72,7 +78,7 @@ class Attention {
     __device__ __forceinline__ void run(const trtllm_decode_layer_row& row, const uint64_t* qkv, uint64_t* attended) {
         if (keys.first >= keys.end) return;
         prepare(row, qkv);
-        __syncthreads();
+        meet();
         float out[kMostGroup][kEach];
 #pragma unroll
         for (int h = 0; h < kMostGroup; ++h) {
@@ -81,10 +87,15 @@ class Attention {
         }
         float most[2] = {-INFINITY, -INFINITY}, all[2] = {0.0f, 0.0f};  // of heads 2 c and 2 c + 1
 #pragma unroll 1
-        for (int tile = keys.first + warp; tile < keys.end; tile += kWarps) {
+        for (int tile = keys.first + warp; tile < keys.end + warp; tile += kWarps) {
+            if (tile >= keys.end) {
+                ring.skip();
+                ring.skip();
+                break;
+            }
+            ring.fill();
             weigh(tile * kTileKeys, most, all, out);
             add(tile * kTileKeys, out);
-            ring.fill();
         }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -93,7 +104,7 @@ class Attention {
             if (lane < 4) scratch.statistics[warp][2 * lane + e] = make_float2(most[e], all[e]);
         }
         leave(out, attended);
-        __syncthreads();  // the sums lie where the next product has its inputs
+        meet();  // the sums lie where the next product has its inputs
     }
 
   private:
@@ -144,47 +155,45 @@ class Attention {
     }
 
     // The newest key (or value) is not in the cache yet when the ring asks for it: into its place in the buffers.
-    __device__ __forceinline__ void place(int first, bool value, const uint32_t (&at)[kPieces]) {
+    __device__ __forceinline__ void place(int first, bool value, uint32_t at) {
         const int behind = keys.length - 1 - first;
         if (behind >= kTileKeys) return;
-        const uint32_t piece = kPieces == 1 || behind < kPieceKeys ? at[0] : at[kPieces - 1];
-        const uint32_t to = piece + behind % kPieceKeys * kRowBytes;
+        const uint32_t to = at + behind * kRowBytes;
         const uint32_t* const from =
             reinterpret_cast<const uint32_t*>(queries + kMostGroup * kQueryPitch + value * kRowBytes);
 #pragma unroll
         for (int i = lane; i < D / 2; i += 32) {
             asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + i * 4), "r"(from[i]) : "memory");
         }
-        ptx::fence_async_shared();  // the copy engine writes there next
+        ptx::fence_async_shared();  // the copy engine may write there next
         __syncwarp();
     }
 
-    // Scores of 16 keys, their weights into shared memory; sums so far shrink where a maximum grew.
+    // Scores of a tile's keys, their weights into shared memory; sums so far shrink where a maximum grew.
     __device__ __forceinline__ void weigh(int first, float (&most)[2], float (&all)[2],
                                           float (&out)[kMostGroup][kEach]) {
         const int g = lane / 4, c = lane % 4;
-        uint32_t at[kPieces];
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) at[i] = ring.wait(i);
+        const uint32_t at = ring.keys_of_warp(ring.wait());
         place(first, false, at);
-        const uint32_t low = at[0] + g * kRowBytes + c * 16;
-        const uint32_t high = kPieces == 1 ? low + 8 * kRowBytes : at[kPieces - 1] + g * kRowBytes + c * 16;
-        static_assert(kPieces <= 2);
+        // rows g and g + 8 of the left operand; tiles of 8 keys have no row g + 8
+        const uint32_t low = at + g * kRowBytes + c * 16;
         const uint32_t query = ptx::shared_address(queries) + min(g, group - 1) * kQueryPitch + c * 16;
         float s[4] = {};
 #pragma unroll
         for (int j = 0; j < D / 32; ++j) {
-            const uint4 x = weight_only::load_shared_16(low + j * 64), y = weight_only::load_shared_16(high + j * 64);
+            const uint4 x = weight_only::load_shared_16(low + j * 64);
+            uint4 y = make_uint4(0, 0, 0, 0);
+            if constexpr (kTileKeys == 16) y = weight_only::load_shared_16(low + 8 * kRowBytes + j * 64);
             const uint32_t a[8] = {x.x, y.x, x.y, y.y, x.z, y.z, x.w, y.w};
             weight_only::two_steps<T>(s, a, weight_only::load_shared_16(query + j * 64));
         }
-        ring.release(kPieces);
+        ring.release();
         float shrink[2];
         float2 w[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const float near = first + g < keys.length ? s[e] * (p.scale * kLog2e) : -INFINITY;
-            const float far = first + g + 8 < keys.length ? s[e + 2] * (p.scale * kLog2e) : -INFINITY;
+            const float far = kTileKeys == 16 && first + g + 8 < keys.length ? s[e + 2] * (p.scale * kLog2e) : -INFINITY;
             float fresh = fmaxf(near, far);
 #pragma unroll
             for (int step = 4; step < 32; step *= 2) fresh = fmaxf(fresh, __shfl_xor_sync(~0u, fresh, step));
@@ -198,7 +207,7 @@ class Attention {
         }
         float* const mine = weights + warp * kTileKeys * kMostGroup;
         *reinterpret_cast<float2*>(mine + g * kMostGroup + 2 * c) = w[0];
-        *reinterpret_cast<float2*>(mine + (g + 8) * kMostGroup + 2 * c) = w[1];
+        if constexpr (kTileKeys == 16) *reinterpret_cast<float2*>(mine + (g + 8) * kMostGroup + 2 * c) = w[1];
         __syncwarp();
 #pragma unroll
         for (int h = 0; h < kMostGroup; ++h) {
@@ -210,32 +219,27 @@ class Attention {
 
     // out += weights * values; a lane has kEach elements of every head.
     __device__ __forceinline__ void add(int first, float (&out)[kMostGroup][kEach]) {
-        uint32_t at[kPieces];
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) at[i] = ring.wait(i);
+        const uint32_t at = ring.keys_of_warp(ring.wait());
         place(first, true, at);
         const uint32_t mine = ptx::shared_address(weights + warp * kTileKeys * kMostGroup);
-#pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) {
-            const int count = min(kPieceKeys, keys.length - first - piece * kPieceKeys);
+        const int count = min(kTileKeys, keys.length - first);
 #pragma unroll 4
-            for (int j = 0; j < count; ++j) {
-                float v[kEach];
-                const uint32_t from = at[piece] + j * kRowBytes + lane * (kEach * 2);
-                if constexpr (kEach == 4) {
-                    const uint2 pairs = weight_only::load_shared_8(from);
-                    const float2 a = weight_only::to_floats<T>(pairs.x), b = weight_only::to_floats<T>(pairs.y);
-                    v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
-                } else {
-                    const float2 a = weight_only::to_floats<T>(weight_only::load_shared_4(from));
-                    v[0] = a.x, v[1] = a.y;
-                }
-                const uint32_t weight = mine + (piece * kPieceKeys + j) * kMostGroup * 4;
-                accumulate(out, 0, weight_only::load_shared_16(weight), v);
-                if (group > 4) accumulate(out, 4, weight_only::load_shared_16(weight + 16), v);
+        for (int j = 0; j < count; ++j) {
+            float v[kEach];
+            const uint32_t from = at + j * kRowBytes + lane * (kEach * 2);
+            if constexpr (kEach == 4) {
+                const uint2 pairs = weight_only::load_shared_8(from);
+                const float2 a = weight_only::to_floats<T>(pairs.x), b = weight_only::to_floats<T>(pairs.y);
+                v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
+            } else {
+                const float2 a = weight_only::to_floats<T>(weight_only::load_shared_4(from));
+                v[0] = a.x, v[1] = a.y;
             }
+            const uint32_t weight = mine + j * kMostGroup * 4;
+            accumulate(out, 0, weight_only::load_shared_16(weight), v);
+            if (group > 4) accumulate(out, 4, weight_only::load_shared_16(weight + 16), v);
         }
-        ring.release(kPieces);
+        ring.release();
     }
     __device__ __forceinline__ static void accumulate(float (&out)[kMostGroup][kEach], int from, const uint4& four,
                                                       const float (&v)[kEach]) {
@@ -256,24 +260,30 @@ class Attention {
     }
 
     // The warps' sums put together: this block's part, or the result by the block with the newest keys.
-    __device__ __forceinline__ void leave(const float (&out)[kMostGroup][kEach], uint64_t* attended) {
+    __device__ __forceinline__ void leave(float (&out)[kMostGroup][kEach], uint64_t* attended) {
         const int warps = min(kWarps, keys.end - keys.first);
         const bool newest = keys.split == keys.splits - 1;
+#pragma unroll 1
+        for (int from = 0; from < group; from += kAtOnce) {
+            if (from > 0) {
+                meet();
 #pragma unroll
-        for (int from = 0; from < kMostGroup; from += kAtOnce) {
-            if (from >= group) break;
-            if (from > 0) __syncthreads();
+                for (int h = 0; h < kAtOnce; ++h) {
+#pragma unroll
+                    for (int i = 0; i < kEach; ++i) out[h][i] = out[kAtOnce + h][i];
+                }
+            }
 #pragma unroll
             for (int h = 0; h < kAtOnce; ++h) {
                 float* const to = sums + (warp * kAtOnce + h) * kSumPitch + lane * kEach;
                 if constexpr (kEach == 4) {
                     *reinterpret_cast<float4*>(to) =
-                        make_float4(out[from + h][0], out[from + h][1], out[from + h][2], out[from + h][3]);
+                        make_float4(out[h][0], out[h][1], out[h][2], out[h][3]);
                 } else {
-                    *reinterpret_cast<float2*>(to) = make_float2(out[from + h][0], out[from + h][1]);
+                    *reinterpret_cast<float2*>(to) = make_float2(out[h][0], out[h][1]);
                 }
             }
-            __syncthreads();
+            meet();
             // whole warps: D is a multiple of 32
             const int here = min(kAtOnce, group - from), i = threadIdx.x;
             static_assert(kAtOnce * D <= kThreads);
@@ -304,7 +314,7 @@ class Attention {
 
     // The other blocks' parts of one element, some of them on their way at a time.
     __device__ __forceinline__ void add_parts(int head, int d, float& most, float& all, float& total) const {
-        constexpr int kParts = 4;
+        constexpr int kParts = 3;
 #pragma unroll 1
         for (int from = 0; from < keys.splits - 1; from += kParts) {
             uint32_t x[kParts], m[kParts], s[kParts];

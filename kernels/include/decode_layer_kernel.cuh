@@ -3,8 +3,9 @@
 // A block is 16 warps on a multiprocessor of its own. Of each product it has every grid-th stripe of 16 rows; its warps
 // share a stripe's inputs, so that a warp needs only its own share of the activations in shared memory, and meet once a
 // product, when all stripes' sums are there. Rows go from block to block word by word (decode_layer_exchange.cuh); no
-// step waits for more than what it reads. Weights, keys and values come through rings that know nothing of that
-// (decode_layer_ring.cuh).
+// step waits for more than what it reads. Weights, keys and values come through rings of buffers that know nothing of
+// that: packed weights through one a block, which a warp more fills (decode_layer_stream.cuh), plain ones through one a
+// warp (decode_layer_ring.cuh).
 #pragma once
 
 #include "decode_layer_attention.cuh"
@@ -20,12 +21,15 @@ class Layers {
     static_assert(Attention<T, K, D>::kQueryBytes + Attention<T, K, D>::kWeightBytes == query_bytes(D));
     static_assert(Attention<T, K, D>::kSumBytes == attention_bytes(D));
 
+    static constexpr int kChunks = K == Kind::kInt4 ? 16 : 8;  // of 8 inputs a tile
+    using Part = std::conditional_t<K == Kind::kDense, Share, ChunkShare>;
+
     const trtllm_decode_layer_params& p;
     const Plan& plan;
     char* const shared;
     Scratch& scratch;
     const int lane, warp;
-    Ring<T, K, D> ring;
+    Source<T, K, D> ring;
     Exchange exchange;
     float held = 0.0f;  // the stream's value at the output this thread finishes of o and of down
 
@@ -41,13 +45,13 @@ class Layers {
           exchange(params.failed, &scratch.lost, __ldcg(&static_cast<const Counters*>(params.workspace)->tag)) {}
 
     __device__ __forceinline__ void run() {
-        if (threadIdx.x == 0) scratch.lost = 0, scratch.keys = Keys(p, plan);
+        if (threadIdx.x == 0) scratch.lost = 0, scratch.keys = Keys(p, plan, tile_keys(D));
         load_row(0, row_word(0));
         const int n = (int(blockIdx.x) + int(threadIdx.x) / 16 * plan.grid) * 16 + int(threadIdx.x) % 16;
         if (n < p.hidden) held = float(static_cast<const T*>(p.x)[n]);
-        __syncthreads();
-        ring.limit = 0;
-        ring.fill();
+        __syncthreads();  // with the warp that fills the buffers
+        if (warp >= kWarps) return ring.run();
+        ring.may_read(0);
         const auto at = [&](int64_t offset) {
             return reinterpret_cast<uint64_t*>(static_cast<char*>(p.workspace) + offset);
         };
@@ -92,11 +96,11 @@ class Layers {
 
     // This warp's share of x into shared memory as lanes read it (see stage_x of the products), normalised where
     // `normed`. x is words of two values; `plain` instead, values alone, where it is given.
-    __device__ __forceinline__ void stage(const Share& share, int inputs, const uint64_t* x, const T* plain,
-                                          bool normed, const uint4 (&by)[kNormChunks]) {
-        constexpr int kChunks = K == Kind::kInt4 ? 16 : 8;  // of 8 inputs a tile
-        const int first = share.first * kChunks, count = (share.end - share.first) * kChunks;
-        const auto inside = [&](int i) { return i < count && (first + i) * 8 < inputs; };
+    __device__ __forceinline__ void stage(const Part& share, int inputs, const uint64_t* x, const T* plain, bool normed,
+                                          const uint4 (&by)[kNormChunks]) {
+        const int count = share.count() * kChunks;
+        const auto chunk = [&](int i) { return share.tile(i / kChunks) * kChunks + i % kChunks; };
+        const auto inside = [&](int i) { return i < count && chunk(i) * 8 < inputs; };
         if (normed) {
             uint4 v[kNormChunks];
             exchange.until([&] {
@@ -107,9 +111,9 @@ class Layers {
                     const int i = n * 32 + lane;
                     if (!inside(i)) continue;
                     if (plain != nullptr) {
-                        v[n] = *reinterpret_cast<const uint4*>(plain + (first + i) * 8);
+                        v[n] = *reinterpret_cast<const uint4*>(plain + chunk(i) * 8);
                     } else {
-                        here &= exchange.get_eight(x, first + i, v[n]);
+                        here &= exchange.get_eight(x, chunk(i), v[n]);
                     }
                 }
                 return here;
@@ -120,7 +124,7 @@ class Layers {
             for (int n = 0; n < kNormChunks; ++n) squares += weight_only::square_sum<T>(v[n]);
             squares = weight_only::warp_sum(squares);
             if (lane == 0) scratch.partial[warp] = squares;
-            __syncthreads();
+            meet();
             squares = 0.0f;
 #pragma unroll
             for (int w = 0; w < kWarps; ++w) squares += scratch.partial[w];
@@ -134,7 +138,7 @@ class Layers {
             for (int n = 0; n < kNormChunks; ++n) {
                 if (n * 32 >= count) break;
                 put({norm(v[n].x, by[n].x), norm(v[n].y, by[n].y), norm(v[n].z, by[n].z), norm(v[n].w, by[n].w)},
-                    first, count, n * 32 + lane);
+                    chunk(n * 32 + lane), n * 32 + lane < count);
             }
         } else {
             constexpr int kAtOnce = 4;
@@ -147,24 +151,23 @@ class Layers {
                     for (int n = 0; n < kAtOnce; ++n) {
                         v[n] = make_uint4(0, 0, 0, 0);
                         const int i = from + n * 32 + lane;
-                        if (inside(i)) here &= exchange.get_eight(x, first + i, v[n]);
+                        if (inside(i)) here &= exchange.get_eight(x, chunk(i), v[n]);
                     }
                     return here;
                 });
                 __syncwarp();
 #pragma unroll
                 for (int n = 0; n < kAtOnce; ++n) {
-                    if (from + n * 32 < count) put(v[n], first, count, from + n * 32 + lane);
+                    if (from + n * 32 < count) put(v[n], chunk(from + n * 32 + lane), from + n * 32 + lane < count);
                 }
             }
         }
         __syncwarp();
     }
 
-    // Chunk `first + i` of the row; for int4 the sum of its group, too. Called by whole warps.
-    __device__ __forceinline__ void put(const uint4& v, int first, int count, int i) {
-        const int chunk = first + i;
-        if (i < count) {
+    // A chunk of the row, where there is one; for int4 the sum of its group, too. Called by whole warps.
+    __device__ __forceinline__ void put(const uint4& v, int chunk, bool exists) {
+        if (exists) {
             char* const to = shared + plan.x_at + chunk / 4 * 64;
             if constexpr (K == Kind::kDense) {
                 *reinterpret_cast<uint4*>(to + chunk % 4 * 16) = v;
@@ -179,7 +182,7 @@ class Layers {
             float sum = ((a.x + a.y) + (b.x + b.y)) + ((c.x + c.y) + (d.x + d.y));
 #pragma unroll
             for (int step = 1; step < Group / 8; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-            if (i < count && chunk % (Group / 8) == 0) {
+            if (exists && chunk % (Group / 8) == 0) {
                 reinterpret_cast<float*>(shared + plan.sums_at)[chunk / (Group / 8) * 8] = sum;
             }
         }
@@ -188,18 +191,18 @@ class Layers {
     // One product with all around it: out = round(act(sums * factor + bias) + residual).
     __device__ __forceinline__ void product(const trtllm_decode_layer_row& row, int step, int layer, const uint64_t* x,
                                             uint64_t* out) {
+        ring.fill();  // what the step before gave back last: first of all it had its results to tell
         const int which = product_of(step), stripes = plan.stripes[which];
         if (int(blockIdx.x) >= stripes && step != kQkv) return;  // kQkv: all blocks load the next layer's row
         const bool normed = step == kQkv || step == kUp;
-        const Share share(plan.tiles[which], warp);
+        const Part share(plan.tiles[which], warp);
         // what does not depend on the step before is read before the wait for it
         uint4 by[kNormChunks];
 #pragma unroll
         for (int n = 0; n < kNormChunks; ++n) {
-            constexpr int kChunks = K == Kind::kInt4 ? 16 : 8;
-            const int i = n * 32 + lane, k = (share.first * kChunks + i) * 8;
+            const int i = n * 32 + lane, k = (share.tile(i / kChunks) * kChunks + i % kChunks) * 8;
             by[n] = make_uint4(0, 0, 0, 0);
-            if (normed && i < (share.end - share.first) * kChunks && k < plan.inputs[which]) {
+            if (normed && i < share.count() * kChunks && k < plan.inputs[which]) {
                 by[n] = *reinterpret_cast<const uint4*>(static_cast<const T*>(row.norm[step == kUp]) + k);
             }
         }
@@ -218,7 +221,7 @@ class Layers {
         if (step == kQkv) load_row(layer + 1, word);
         const T* const plain = step == kQkv && layer == 0 ? static_cast<const T*>(p.x) : nullptr;
         stage(share, plan.inputs[which], x, plain, normed, by);
-        if (step == kQkv) ring.limit = layer + 1;  // the norm has met all threads since the row was stored
+        if (step == kQkv) ring.may_read(layer + 1);  // the norm has met all threads since the row was stored
 
         float* const reduce = reinterpret_cast<float*>(shared + plan.reduce_at[which]);
         float* sums = reduce + warp * 16 + lane / 4;
@@ -228,32 +231,39 @@ class Layers {
         for (int s = blockIdx.x; s < stripes; s += plan.grid, sums += kReducePitch) {
             // two tiles at a time: their products do not wait for each other
             float acc[4] = {}, other[4] = {};
-            const auto add = [&](float(&to)[4], uint32_t from, int tile) {
-                if constexpr (K == Kind::kInt4) {
-                    weight_only::add_int4_tile<T, Group>(to, from, tile_x + tile * 256,
-                                                         tile_sums + tile * (128 / Group) * 32, lane, p.has_zero);
-                } else if constexpr (K == Kind::kDense) {
-                    add_dense(to, other, from, tile_x + tile * 128);
-                } else {
-                    weight_only::add_8bit_tile<T, K>(to, from, tile_x + tile * 128, lane);
-                }
-            };
+            if constexpr (K == Kind::kDense) {
 #pragma unroll 1
-            for (int tile = share.first; tile < share.end; tile += kSlotTiles<K>) {
-                const uint32_t from = ring.wait();
-                if (kSlotTiles<K> == 2 && tile + 1 < share.end) {
-                    add(acc, from, tile);
-                    add(other, from + plan.tile_bytes, tile + 1);
-                } else {
-                    add(acc, from, tile);
+                for (int tile = share.first; tile < share.end; ++tile) {
+                    ring.fill();
+                    add_dense(acc, other, ring.wait(), tile_x + tile * 128);
+                    ring.release();
                 }
-                ring.release(1);
-                ring.fill();
+            } else {
+                const auto add = [&](float(&to)[4], uint32_t from, int tile) {
+                    if constexpr (K == Kind::kInt4) {
+                        weight_only::add_int4_tile<T, Group>(to, from, tile_x + tile * 256,
+                                                             tile_sums + tile * (128 / Group) * 32, lane, p.has_zero);
+                    } else {
+                        weight_only::add_8bit_tile<T, K>(to, from, tile_x + tile * 128, lane);
+                    }
+                };
+#pragma unroll 1
+                for (int c = 0; c < share.chunks(); ++c) {
+                    const int tile = share.first(c), count = share.end(c) - tile;
+                    const uint32_t from = ring.wait() + (tile - c * kChunkTiles) * plan.tile_bytes;
+                    if (count == 2) {
+                        add(acc, from, tile);
+                        add(other, from + plan.tile_bytes, tile + 1);
+                    } else if (count == 1) {
+                        add(acc, from, tile);
+                    }
+                    ring.release();
+                }
             }
             acc[0] += other[0], acc[2] += other[2];
             if (lane % 4 == 0) sums[0] = acc[0], sums[8] = acc[2];
         }
-        __syncthreads();
+        meet();
 
         // whole warps: rows g and g + 8 of a gated stripe are one pair
         if (int(threadIdx.x & ~31u) / 16 * plan.grid + int(blockIdx.x) < stripes) {
@@ -301,7 +311,7 @@ class Layers {
 };
 
 template <typename T, Kind K, int Group, int D>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads + Source<T, K, D>::kThreadsOfItsOwn, 1)
     decode_layer_kernel(const __grid_constant__ trtllm_decode_layer_params p, const __grid_constant__ Plan plan) {
 #if __CUDA_ARCH__ >= 900  // elsewhere the launcher refuses
     extern __shared__ __align__(128) char shared[];

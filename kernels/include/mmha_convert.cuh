@@ -22,7 +22,8 @@ struct Divisor {
     __device__ __forceinline__ float of(float x) const {
         if (!plain) return x / by;
         const float near = x * inverse;
-        return fabsf(near) < 65536.0f ? fmaf(fmaf(-near, by, x), inverse, near) : near;
+        const float size = fabsf(near);  // minus 0 stays as it is, which a correction by 0 would not let it
+        return size > 0.0f && size < 65536.0f ? fmaf(fmaf(-near, by, x), inverse, near) : near;
     }
 };
 

@@ -126,11 +126,11 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
         "r"(parity)
         : "memory");
 }
-// A word of 4 or 8 bytes into another block's shared memory, completing on the barrier of that block. `to` and `barrier`
+// A word of 4, 8 or 16 bytes into another block's shared memory, completing on the barrier of that block. `to` and `barrier`
 // are where this block has its own; the other block must have started and initialised its barrier.
 template <typename Word>
 __device__ __forceinline__ void store_in_block(Word* to, Word word, uint64_t* barrier, uint32_t block) {
-    static_assert(sizeof(Word) == 4 || sizeof(Word) == 8);
+    static_assert(sizeof(Word) == 4 || sizeof(Word) == 8 || sizeof(Word) == 16);
 #if __CUDA_ARCH__ >= 900
     const auto in_block = [&](const void* here) {
         uint32_t there;
@@ -142,6 +142,12 @@ __device__ __forceinline__ void store_in_block(Word* to, Word word, uint64_t* ba
         asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote),
                      "r"(reinterpret_cast<const uint32_t&>(word)), "r"(remote_barrier)
                      : "memory");
+    } else if constexpr (sizeof(Word) == 16) {
+        const uint4 four = reinterpret_cast<const uint4&>(word);
+        asm volatile(
+            "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
+            "r"(four.x), "r"(four.y), "r"(four.z), "r"(four.w), "r"(remote_barrier)
+            : "memory");
     } else {
         asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(remote),
                      "l"(reinterpret_cast<const uint64_t&>(word)), "r"(remote_barrier)

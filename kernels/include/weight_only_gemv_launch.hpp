@@ -5,8 +5,11 @@
 
 namespace trtllm::weight_only {
 
-const void* gemv_int4_kernel(int32_t dtype, int32_t group);
-const void* gemv_8bit_kernel(int32_t dtype, int32_t weight_dtype);
-const void* gemv_dense_kernel(int32_t dtype);
+// Activations converted to scaled float16 numbers or as they are, and those of a cluster's blocks, as they are.
+enum class Form { kScaled, kPlain, kCluster };
+
+const void* gemv_int4_kernel(int32_t dtype, int32_t group, Form form);
+const void* gemv_8bit_kernel(int32_t dtype, int32_t weight_dtype, Form form);
+const void* gemv_dense_kernel(int32_t dtype, Form form);
 
 }  // namespace trtllm::weight_only

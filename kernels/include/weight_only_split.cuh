@@ -30,7 +30,7 @@ struct SplitShape {
     // Whether sums are scaled instead of weights: where a group has fewer of the former.
     static constexpr bool kFold = kWeight == Weight::kInt4 && (kTokens == 16 || (kTokens == 32 && kShift > 0));
     // Steps of 16 inputs converted at a time, while the ones before are multiplied; 128 tokens leave few registers.
-    static constexpr int kBatch = kFold && kShift == 0 ? 2 : kTokens <= 64 ? 4 : kWeight == Weight::kInt4 ? 2 : 1;
+    static constexpr int kBatch = kFold && kShift == 0 ? 2 : kTokens <= 64 ? 4 : 1;
     static constexpr int kTokenBytes = kTokens * kStageDepth * 2;
     static constexpr int kEights = kTokens / 8, kItems = kStripes * kEights;
     // parts of sums come to a place of their own where that is small, else to the ring when nobody reads it any more

@@ -22,8 +22,9 @@ extern "C" {
  *   among equals, a token stays while the weight before it is below p times the weight left by top-k. min_p: weights
  *   below min_p times the largest go.
  * draw: r = the first two words (low word first) of Philox4x32-10 (Salmon et al., 2011) with key (seed low, seed high)
- *   and counter (step, 0, 0, 0); t = floor(r * total / 2^64); the first token in order of id whose weight, added to those
- *   before it, exceeds t.
+ *   and counter (step, i, 0, 0), i = 0 first; t = floor(r * total / 2^64); the first token in order of id whose weight,
+ *   added to those before it, exceeds t. Weights and total are those that top-k and min-p leave; where the token drawn is
+ *   none that top-p keeps, it goes with all that comes after it in top-p's order, and i + 1 draws among the others.
  *
  * tokens[i] is -1 where a row holds NaN or positive infinity, or nothing but negative infinity. With `advance`, the
  * chosen token is counted in `counts` and steps[i] grows by one (for such a row neither happens). */

@@ -74,7 +74,8 @@ typedef struct trtllm_weight_only_gemm_params {
     int32_t weight_dtype; /* int4, int8, float8_e4m3, or dtype */
     int32_t dtype;        /* float16 or bfloat16: x, bias, residual, out, norm_weight */
     int32_t gate;         /* 0 none; out = act(gate row) * up row with act 1 silu, 2 gelu (erf), 3 gelu_tanh */
-    int32_t pdl;          /* 1: programmatic dependent launch; only weights, scales, zeros are read before the wait */
+    int32_t pdl;          /* 1: programmatic dependent launch; before its wait it reads what no kernel writes: weight,
+                             scale, bias, norm_weight, order */
     int32_t tactic;       /* 0: by size; 1..99: one of few tokens' kernels; from 100 on: one of the tensor cores' */
 } trtllm_weight_only_gemm_params;
 

@@ -35,7 +35,10 @@ bool cut(const trtllm_decode_layer_params& p, int blocks, int shared_bytes, Plan
     const int64_t rows[] = {int64_t(p.heads + 2 * p.kv_heads) * p.head_size, p.hidden, 2 * int64_t(p.wide), p.hidden};
     const int64_t inputs[] = {p.hidden, int64_t(p.heads) * p.head_size, p.hidden, p.wide};
     plan.tile_bytes = dense(p) ? 2048 : weight_only::tile_bytes(p.weight_dtype, p.group, p.has_zero != 0);
-    plan.slot_bytes = dense(p) ? plan.tile_bytes : 2 * plan.tile_bytes;
+    // a buffer of the block holds two tiles of weights or one of keys for each warp
+    const int rings = dense(p) ? kWarps : 1;
+    plan.threads = kThreads + (dense(p) ? 0 : 32);
+    plan.slot_bytes = dense(p) ? plan.tile_bytes : kWarps * std::max(2 * plan.tile_bytes, kTileBytes);
     int most_tiles = 0, most_stripes = 0;
     for (int i = 0; i < kProducts; ++i) {
         plan.inputs[i] = int(inputs[i]);
@@ -47,7 +50,7 @@ bool cut(const trtllm_decode_layer_params& p, int blocks, int shared_bytes, Plan
     }
     plan.splits = std::clamp(blocks / p.kv_heads, 1, kMostSplits);
     plan.page_shift = __builtin_ctz(unsigned(p.page_size));
-    plan.block_tiles = p.block_keys > 0 ? p.block_keys / 16 : 8;
+    plan.block_tiles = (p.block_keys > 0 ? p.block_keys : 128) / tile_keys(p.head_size);
 
     int64_t at = kScratchBytes;
     plan.query_at = int(at);
@@ -66,8 +69,8 @@ bool cut(const trtllm_decode_layer_params& p, int blocks, int shared_bytes, Plan
     at = std::max<int64_t>(at, plan.x_at + attention_bytes(p.head_size));
     sums(0, 2);
     plan.ring_at = int(at = up(at, 128));
-    plan.slots = int(std::min<int64_t>((shared_bytes - at) / (kWarps * plan.slot_bytes), kMostSlots));
-    plan.shared_bytes = int(at + int64_t(plan.slots) * kWarps * plan.slot_bytes);
+    plan.slots = int(std::min<int64_t>((shared_bytes - at) / (rings * plan.slot_bytes), kMostSlots));
+    plan.shared_bytes = int(at + int64_t(plan.slots) * rings * plan.slot_bytes);
 
     int64_t memory = 256;  // Counters
     const auto take = [&](int64_t bytes) {
@@ -83,8 +86,7 @@ bool cut(const trtllm_decode_layer_params& p, int blocks, int shared_bytes, Plan
     plan.gated_at = take(int64_t(p.wide) * 4);
     plan.parts_at = take(int64_t(p.kv_heads) * kMostSplits * kMostGroup * (p.head_size + 2) * 8);
     plan.workspace_bytes = memory;
-    // 16 keys, and their values, are held at once
-    return plan.slots >= p.head_size / 32 && most_stripes <= kMostStripes;
+    return plan.slots >= (dense(p) ? 3 : 2) && most_stripes <= kMostStripes;
 }
 
 cudaError_t check_types(const trtllm_decode_layer_params& p) {
@@ -234,7 +236,7 @@ extern "C" int trtllm_decode_layer(const trtllm_decode_layer_params* p, trtllm_s
     cudaLaunchAttribute with[2];
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(plan.grid));
-    config.blockDim = dim3(kThreads);
+    config.blockDim = dim3(unsigned(plan.threads));
     config.dynamicSmemBytes = size_t(plan.shared_bytes);
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = with;

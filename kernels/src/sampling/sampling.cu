@@ -74,13 +74,14 @@ cudaError_t launch(trtllm_sampling_params p, cudaStream_t stream) {
     }
     // a row that does not start at 16 bytes has up to V - 1 slots before it
     const int a_block = (p.vocab + V - 1 + p.cluster - 1) / p.cluster;
-    const int slots = (a_block + kListed - 1) / kListed * kListed;
+    const int slots = (a_block + kSlotStep - 1) / kSlotStep * kSlotStep;
     int device = 0, most = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     const size_t all = sizeof(Shared) + sizeof(float) * size_t(slots);
     const bool kept = p.temperature != nullptr && all <= size_t(most);
-    return launch_on(sampling_kernel<T>, kept ? all : sizeof(Shared), stream, p, slots, kept);
+    return kept ? launch_on(sampling_kernel<T, true>, all, stream, p, slots)
+                : launch_on(sampling_kernel<T, false>, sizeof(Shared), stream, p, slots);
 }
 
 }  // namespace

@@ -31,10 +31,10 @@ struct Weights {
     // floor(2^40 * 2^y) with y = (x - largest) * factor: Taylor's polynomial on half a unit around a whole number is
     // within 1.3e-7 of 2^y.
     __device__ __forceinline__ uint64_t operator()(float x) const {
-        const float y = __fmul_rn(__fsub_rn(x, largest), factor);
-        if (!(y > -float(kWeightBits + 1))) return 0;
-        const float whole = rintf(y);
-        const float f = __fsub_rn(y, whole);
+        // everything below weighs nothing, as 2^-41 does
+        const float y = fmaxf(__fmul_rn(__fsub_rn(x, largest), factor), -float(kWeightBits + 1));
+        const float rounding = __fadd_rn(y, 12582912.0f);  // the nearest whole number in the low bits of the mantissa
+        const float f = __fsub_rn(y, __fsub_rn(rounding, 12582912.0f));
         float p = 1.5403530393381609e-4f;
         p = __fmaf_rn(p, f, 1.3333558146428443e-3f);
         p = __fmaf_rn(p, f, 9.6181291076284772e-3f);
@@ -42,16 +42,16 @@ struct Weights {
         p = __fmaf_rn(p, f, 2.4022650695910071e-1f);
         p = __fmaf_rn(p, f, 6.9314718055994531e-1f);
         p = __fmaf_rn(p, f, 1.0f);
-        const uint32_t bits = __float_as_uint(p);
-        const uint64_t digits = (bits & 0x7fffffu) | 0x800000u;
-        const int shift = int(bits >> 23) + int(whole) - 127 - 23 + kWeightBits;  // -25 to 17
-        return shift >= 0 ? digits << shift : digits >> -shift;
+        const uint32_t power = __float_as_uint(p) + (__float_as_uint(rounding) << 23);  // 2^y as a float
+        uint32_t digits;  // (power & 0x7fffff) | 0x800000, which the compiler would make of two instructions
+        asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(digits) : "r"(power), "r"(0x7fffffu), "r"(0x800000u));
+        return (uint64_t(digits) << (kWeightBits - 23)) >> (127 - (power >> 23));
     }
 };
 
 // The first two of the four words of Philox4x32-10, low word first.
-__device__ __forceinline__ uint64_t philox(uint64_t key, uint32_t step) {
-    uint32_t c0 = step, c1 = 0, c2 = 0, c3 = 0;
+__device__ __forceinline__ uint64_t philox(uint64_t key, uint32_t step, uint32_t draw) {
+    uint32_t c0 = step, c1 = draw, c2 = 0, c3 = 0;
     uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
 #pragma unroll
     for (int round = 0; round < 10; ++round) {

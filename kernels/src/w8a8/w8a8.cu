@@ -67,8 +67,17 @@ int choose(const trtllm_w8a8_params& p, int capability, int multiprocessors) {
         while (split < 8 && tiles(rows) * split * 2 <= wanted * 5 / 4 && p.k >= 128 * 4 * split * 2) split *= 2;
         return split;
     };
-    // 33 to 64 tokens: smaller blocks, which read the activations twice as often, only where large ones would leave
-    // multiprocessors idle
+    if (p.m > 32 && p.m <= 64) {
+        // Clusters of at most two blocks are spread evenly, where larger ones crowd on a part of the multiprocessors: best
+        // where they give nearly every multiprocessor one block.
+        for (int split = 1; split <= 2; ++split) {
+            const int64_t blocks = tiles(64) * split;
+            if (p.k >= 1024 * (split - 1) && blocks <= multiprocessors && blocks * 5 >= int64_t(multiprocessors) * 4) {
+                return split_tactic(64, cols, split);
+            }
+        }
+    }
+    // smaller blocks, which read the activations twice as often, only where large ones would leave multiprocessors idle
     const bool idle = tiles(128) * split_of(128) * 5 < int64_t(multiprocessors) * 4;
     const int rows = p.m <= 32 || (p.m <= 64 && idle) ? 64 : 128;
     return split_tactic(rows, cols, split_of(rows));

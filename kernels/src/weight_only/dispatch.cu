@@ -26,13 +26,11 @@ bool aligned(const trtllm_weight_only_gemm_params& p) {
 }
 
 // Whether wgmma is the faster way for up to 8 tokens, as measured on an H200 for the four products of 8B Llama: the
-// kernels for few tokens spend more instructions on a weight, and fall behind the memory where there are enough blocks
-// of the others to keep it busy. What the former do to x on the way takes the others a launch of its own.
+// kernels for few tokens bring the activations to every multiprocessor, which takes longer the more there are. What
+// they do to x on the way takes the others a launch of its own.
 bool wgmma_is_faster(const trtllm_weight_only_gemm_params& p) {
     if (prepares(p) || !aligned(p) || !packed(p)) return false;
-    if (p.m > 4 || p.weight_dtype == TRTLLM_INT4) return p.m > 4;
-    const int64_t weights = p.n * p.k;
-    return weights >= (p.m > 1 ? 8 << 20 : 64 << 20);
+    return p.m > 4 || (p.weight_dtype != TRTLLM_INT4 && p.m > 2 && p.n * p.k >= (24 << 20));
 }
 
 bool few(const trtllm_weight_only_gemm_params& p, int compute_capability) {

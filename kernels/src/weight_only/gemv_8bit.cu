@@ -3,14 +3,21 @@
 
 namespace trtllm::weight_only {
 
-template <typename T>
-const void* of_type(int32_t weight_dtype) {
-    if (weight_dtype == TRTLLM_INT8) return reinterpret_cast<const void*>(&gemv_kernel<T, Kind::kInt8, 128>);
-    return reinterpret_cast<const void*>(&gemv_kernel<T, Kind::kFp8, 128>);
+template <typename T, Kind K>
+const void* of_form(Form form) {
+    if (form == Form::kScaled) return reinterpret_cast<const void*>(&gemv_kernel<T, K, 128, true, false>);
+    if (form == Form::kPlain) return reinterpret_cast<const void*>(&gemv_kernel<T, K, 128, false, false>);
+    return reinterpret_cast<const void*>(&gemv_kernel<T, K, 128, false, true>);
 }
 
-const void* gemv_8bit_kernel(int32_t dtype, int32_t weight_dtype) {
-    return dtype == TRTLLM_FLOAT16 ? of_type<__half>(weight_dtype) : of_type<__nv_bfloat16>(weight_dtype);
+template <typename T>
+const void* of_weight(int32_t weight_dtype, Form form) {
+    return weight_dtype == TRTLLM_INT8 ? of_form<T, Kind::kInt8>(form) : of_form<T, Kind::kFp8>(form);
+}
+
+const void* gemv_8bit_kernel(int32_t dtype, int32_t weight_dtype, Form form) {
+    return dtype == TRTLLM_FLOAT16 ? of_weight<__half>(weight_dtype, form)
+                                   : of_weight<__nv_bfloat16>(weight_dtype, form);
 }
 
 }  // namespace trtllm::weight_only

@@ -3,15 +3,25 @@
 
 namespace trtllm::weight_only {
 
-template <typename T>
-const void* of_group(int32_t group) {
-    if (group == 32) return reinterpret_cast<const void*>(&gemv_kernel<T, Kind::kInt4, 32>);
-    if (group == 64) return reinterpret_cast<const void*>(&gemv_kernel<T, Kind::kInt4, 64>);
-    return reinterpret_cast<const void*>(&gemv_kernel<T, Kind::kInt4, 128>);
+template <typename T, int Group>
+const void* of_form(Form form) {
+    // groups of 32 leave no registers for it
+    if constexpr (Group > 32) {
+        if (form == Form::kScaled) {
+            return reinterpret_cast<const void*>(&gemv_kernel<T, Kind::kInt4, Group, true, false>);
+        }
+    }
+    if (form != Form::kCluster) return reinterpret_cast<const void*>(&gemv_kernel<T, Kind::kInt4, Group, false, false>);
+    return reinterpret_cast<const void*>(&gemv_kernel<T, Kind::kInt4, Group, false, true>);
 }
 
-const void* gemv_int4_kernel(int32_t dtype, int32_t group) {
-    return dtype == TRTLLM_FLOAT16 ? of_group<__half>(group) : of_group<__nv_bfloat16>(group);
+template <typename T>
+const void* of_group(int32_t group, Form form) {
+    return group == 32 ? of_form<T, 32>(form) : group == 64 ? of_form<T, 64>(form) : of_form<T, 128>(form);
+}
+
+const void* gemv_int4_kernel(int32_t dtype, int32_t group, Form form) {
+    return dtype == TRTLLM_FLOAT16 ? of_group<__half>(group, form) : of_group<__nv_bfloat16>(group, form);
 }
 
 }  // namespace trtllm::weight_only

@@ -52,9 +52,9 @@ def philox(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int,
     return c0, c1, c2, c3
 
 
-def random_word(seed: int, step: int) -> int:
-    """The 64 random bits of a request's step."""
-    low, high, _, _ = philox(seed & (2**64 - 1), (step & _MASK, 0, 0, 0))
+def random_word(seed: int, step: int, draw: int = 0) -> int:
+    """The 64 random bits of a request's step, anew for each draw."""
+    low, high, _, _ = philox(seed & (2**64 - 1), (step & _MASK, draw, 0, 0))
     return high << 32 | low
 
 
@@ -96,19 +96,26 @@ def weights(x: Tensor, temperature: float) -> Tensor:
 
 def filtered(x: Tensor, request: Request) -> Tensor:
     """The weights that top-k, top-p and min-p leave, int64 [vocab]; x as :func:`penalized` gives it."""
+    weight, nucleus = _candidates(x, request)
+    return torch.where(nucleus, weight, 0)
+
+
+def _candidates(x: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+    """The weights that top-k and min-p leave, and which tokens top-p keeps."""
     weight = weights(x, request.temperature)
     if 0 < request.top_k < len(x):
         weight = torch.where(x >= x.topk(request.top_k).values[-1], weight, 0)
+    nucleus = torch.ones_like(weight, dtype=torch.bool)
     top_p = float(torch.tensor(request.top_p, dtype=torch.float32))
     if top_p < 1:
         fraction = int(max(top_p, 0.0) * 2**32)
         target = max(1, -(-int(weight.sum()) * fraction >> 32))
         order = torch.sort(x, descending=True, stable=True).indices
         sorted_weights = weight[order]
-        kept = order[sorted_weights.cumsum(0) - sorted_weights < target]
-        weight = torch.zeros_like(weight).index_copy_(0, kept, weight[kept])
+        nucleus = torch.zeros_like(nucleus)
+        nucleus[order[sorted_weights.cumsum(0) - sorted_weights < target]] = True
     min_p = float(torch.tensor(request.min_p, dtype=torch.float32))
-    return torch.where(weight >= int(min(max(min_p, 0.0), 1.0) * 2**WEIGHT_BITS), weight, 0)
+    return torch.where(weight >= int(min(max(min_p, 0.0), 1.0) * 2**WEIGHT_BITS), weight, 0), nucleus
 
 
 def choose(logits: Tensor, counts: Tensor | None, request: Request) -> int:
@@ -118,6 +125,15 @@ def choose(logits: Tensor, counts: Tensor | None, request: Request) -> int:
         return -1
     if not request.temperature > 0:
         return int((x == x.max()).nonzero()[0])
-    edges = filtered(x, request).cumsum(0)
-    target = random_word(request.seed, request.step) * int(edges[-1]) >> 64
-    return int(torch.searchsorted(edges, target, right=True))
+    weight, nucleus = _candidates(x, request)
+    ids = torch.arange(len(x))
+    draw = 0
+    while True:
+        edges = weight.cumsum(0)
+        target = random_word(request.seed, request.step, draw) * int(edges[-1]) >> 64
+        token = int(torch.searchsorted(edges, target, right=True))
+        if nucleus[token]:
+            return token
+        # top-p keeps neither this one nor what comes after it; the likeliest token it always keeps
+        weight = torch.where((x > x[token]) | ((x == x[token]) & (ids < token)), weight, 0)
+        draw += 1
