@@ -16,6 +16,7 @@ by side; what failed is a row with the problem. Exits 1 when something failed or
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import json
@@ -154,7 +155,7 @@ def _measure(options: argparse.Namespace) -> int:
     if "quality" in sections and options.text is None:
         raise SystemExit("quality needs --text FILE")
     found = sorted(path.parent for path in options.work.glob("*/engine"))
-    chosen = sorted(path for path in found if not options.format or path.name in options.format)
+    chosen = [path for path in found if not options.format or path.name in options.format]
     if options.format:  # the order in which they were named
         chosen.sort(key=lambda path: options.format.index(path.name))
     if options.together is not None and not set(sections) <= {"speed", "layers"}:
@@ -163,45 +164,48 @@ def _measure(options: argparse.Namespace) -> int:
         raise SystemExit(f"no engine below {options.work}: run the command prepare or shapes first")
     gpu = torch.cuda.get_device_name() if on_gpu else "reference"
     out = options.out or RECEIPTS / f"tensorrt_{gpu.split()[-1].lower()}.json"
-    turns = _turns(chosen, options) if options.together is not None else {}
-    read = gpu_read_bandwidth() if on_gpu else read_bandwidth()
-    name = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    run = {
-        **receipt.environment(options.commit),
-        "command": shlex.join(["python", *sys.argv]),
-        "read_gb_per_s": read,
-        "tensorrt": preparing.tensorrt_version(),
-    }
-    print(f"{gpu}, reads {read:.0f} GB/s", flush=True)
-    failed = False
-    if options.together is not None:
-        try:
-            for row in _in_turns(turns, sections, options, read):
-                receipt.write(out, receipt.merge(receipt.read(out), name, run, [row]))
-                print(table.line(row), flush=True)
-                failed = failed or "problem" in row
-        finally:
-            for turn in turns.values():
-                turn.end()
-        chosen = []
-    for folder in chosen:
+    with contextlib.ExitStack() as ends:
+        turns = _turns(chosen, options, ends) if options.together is not None else {}
+        read = gpu_read_bandwidth() if on_gpu else read_bandwidth()
+        name = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        run = {
+            **receipt.environment(options.commit),
+            "command": shlex.join(["python", *sys.argv]),
+            "read_gb_per_s": read,
+            "tensorrt": preparing.tensorrt_version(),
+        }
+        print(f"{gpu}, reads {read:.0f} GB/s", flush=True)
+        failed = False
         # each row is written at once: what ends the process later on does not take it along
-        for row in _rows(folder, sections, options, read):
+        rows = _in_turns(turns, sections, options, read) if turns else _one_by_one(chosen, sections, options, read)
+        for row in rows:
             receipt.write(out, receipt.merge(receipt.read(out), name, run, [row]))
             print(table.line(row), flush=True)
             failed = failed or "problem" in row or row.get("met") is False
-        gc.collect()
-        if on_gpu:
-            torch.cuda.empty_cache()
     print(table.tables(receipt.read(out)))
     return int(failed)
 
 
-def _turns(chosen: Sequence[Path], options: argparse.Namespace) -> dict[str, Turn]:
-    """A process for each engine, warm or failed."""
+def _one_by_one(
+    chosen: Sequence[Path], sections: list[str], options: argparse.Namespace, read: float
+) -> Iterator[dict[str, Any]]:
+    import torch
+
+    for folder in chosen:
+        yield from _rows(folder, sections, options, read)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _turns(chosen: Sequence[Path], options: argparse.Namespace, ends: contextlib.ExitStack) -> dict[str, Turn]:
+    """A process for each engine, warm or failed, which ``ends`` ends."""
     deadline = time.monotonic() + options.together
     words = [sys.executable, __file__, "serve", "--executor", options.executor]
-    turns = {folder.name: Turn([*words, str(folder / "engine")]) for folder in chosen}
+    turns = {}
+    for folder in chosen:
+        turns[folder.name] = Turn([*words, str(folder / "engine")])
+        ends.callback(turns[folder.name].end)
     for name, turn in turns.items():
         try:
             print(f"{name} warm after {turn.ready(deadline - time.monotonic()):.0f} s", flush=True)

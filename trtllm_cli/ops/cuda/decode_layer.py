@@ -7,7 +7,7 @@ operator ``trtllm_cli::decode_layers``. One step is all of a model's work on a t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -175,7 +175,7 @@ def _layers(
     """The parts put together again: as many layers as ``k_caches`` has caches."""
     hidden, (_, kv_heads, _, size) = norms[0].shape[0], k_caches[0].shape
     shapes = ((qkv_rows, hidden), (hidden, qkv_rows - 2 * kv_heads * size), (2 * wide, hidden), (hidden, wide))
-    kind: WeightType = type  # type: ignore[assignment]
+    kind = cast(WeightType, type)
     found = []
     for i, k_cache in enumerate(k_caches):
 
