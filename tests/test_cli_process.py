@@ -92,11 +92,14 @@ def test_text_a_terminal_cannot_show_is_escaped(native_engine, encoding):
     assert any(ord(character) > 127 for character in text), "the model says nothing this test is about"
 
 
-def test_a_full_device_is_an_error(text_checkpoint):
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_full_device_is_an_error(text_checkpoint, buffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "trtllm_cli.cli.main", "inspect", str(text_checkpoint.path)],
             cwd=REPOSITORY,
+            env=environment,
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

@@ -79,10 +79,19 @@ def _fail(code: str, message: str, hint: str, exit_code: int, as_json: bool) -> 
     print(f"error[{code}]: {message}", file=sys.stderr)
     if hint:
         print(f"try: {hint}", file=sys.stderr)
-    if as_json:
-        print(json.dumps({"status": "error", "code": code, "message": message, "hint": hint, "exit_code": exit_code}))
-    sys.stdout.flush()
+    try:
+        if as_json:
+            facts = {"status": "error", "code": code, "message": message, "hint": hint, "exit_code": exit_code}
+            print(json.dumps(facts))
+        sys.stdout.flush()
+    except OSError:  # stdout takes nothing more, such as on a full disk; the error stands on stderr
+        _discard_output()
     return exit_code
+
+
+def _discard_output() -> None:
+    """What is left for stdout goes nowhere, so that nothing fails on it when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _interrupted(as_json: bool) -> int:
@@ -114,7 +123,7 @@ def invoke(arguments: Sequence[str]) -> int:
         # the reader of our output went away (such as `| head`), which typer turns into SystemExit
         if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _discard_output()
         return EXIT_OK
     except OSError as error:
         if traced:
